@@ -1,0 +1,32 @@
+"""Strict defaults for every test: eight fake CPU devices, no implicit rank promotion, strict dtypes in the numeric core."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+STRICT_DTYPE_ROOMS = ("kernels", "ttt", "layers", "models")
+TESTS = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def strict_dtype_promotion(request):
+    """optax mixes dtypes, so only the rooms below training are held to strict promotion."""
+    room = request.path.relative_to(TESTS).parts[0]
+    if room in STRICT_DTYPE_ROOMS:
+        with jax.numpy_dtype_promotion("strict"):
+            yield
+    else:
+        yield
+
+
+@pytest.fixture
+def data_dir() -> pathlib.Path:
+    return TESTS / "data"
