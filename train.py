@@ -1,0 +1,32 @@
+"""Trains a model: `python train.py --config=configs/NAME.py --workdir=DIR [--config.optimizer.learning_rate=...]`.
+
+Running the same command again resumes from the newest checkpoint in DIR. SIGTERM and SIGINT save and stop.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, such as configs/quickstart.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: config, metrics and checkpoints.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the experiment that the flags name."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    # Imported late so that `--help` and wrong flags answer at once.
+    from ttt_jax.training.experiment import run
+
+    workdir = pathlib.Path(WORKDIR.value)
+    done, total = run(CONFIG.value.to_dict(), workdir)
+    state = "finished" if done == total else "stopped; run the same command to resume"
+    print(f"{state} after step {done} of {total}: {workdir}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax tells every file it writes at INFO.
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,122 @@
+"""The checkpoints of one run: saved in the background, whole or not at all, pruned, and read back past damage."""
+
+import pathlib
+import time
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+from absl import logging
+
+from ttt_jax.checkpoint import CHECKPOINTS, PARAMS, first_readable, model_metadata, step_directories
+from ttt_jax.training.config import CheckpointConfig, ExperimentConfig
+from ttt_jax.training.step import TrainState, all_finite
+
+PROGRESS = "progress"
+UNREADABLE = "unreadable"
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the state stopped being finite."""
+
+
+def restore_latest(workdir: pathlib.Path, abstract: TrainState) -> TrainState | None:
+    """The newest readable state of a run; None when the run has no checkpoint yet.
+
+    Damaged checkpoints newer than it are moved to `workdir`/unreadable, out of the way of the steps to come.
+
+    Args:
+        workdir: The run's directory.
+        abstract: The state as `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError: There are checkpoints but none can be read; nothing is moved.
+    """
+    workdir = workdir.absolute()
+    root = workdir / CHECKPOINTS
+    paths = step_directories(root) if root.is_dir() else []
+    if not paths:
+        return None
+    readable, state = first_readable(paths, lambda path: _read(path, abstract))
+    for damaged in paths[: paths.index(readable)]:
+        target = workdir / UNREADABLE / f"{damaged.name}-{time.time_ns()}"
+        target.parent.mkdir(exist_ok=True)
+        damaged.rename(target)
+        logging.warning("Moved %s to %s; the run goes on from step %s.", damaged, target, readable.name)
+    return state
+
+
+def _read(path: pathlib.Path, abstract: TrainState) -> TrainState:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
+    progress = {"step": placed.step, "optimizer": placed.optimizer}
+    loaded = ocp.load_checkpointables(path, {PARAMS: placed.params, PROGRESS: progress})
+    state = TrainState(loaded[PROGRESS]["step"], loaded[PARAMS], loaded[PROGRESS]["optimizer"])
+    if int(state.step) != int(path.name):
+        raise ValueError(f"{path} holds step {int(state.step)}.")
+    return state
+
+
+class Checkpoints:
+    """Writes the states of a run to `workdir`/checkpoints in the background; a context manager that waits at its end.
+
+    A checkpoint holds the parameters ("params", with the model's config in its metadata, so that `ttt_jax.load` reads
+    it) and the rest of the state ("progress").
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: ExperimentConfig):
+        self._config = config.checkpoint
+        self._model = model_metadata(config.model)
+        self._checkpointer = ocp.training.Checkpointer(
+            workdir.absolute() / CHECKPOINTS,
+            preservation_policy=_preservation_policy(config.checkpoint),
+            cleanup_tmp_directories=True,
+        )
+        self._saved_at_seconds = time.monotonic()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest finished or begun checkpoint."""
+        latest = self._checkpointer.latest
+        return latest.step if latest else None
+
+    def is_due(self, step: int) -> bool:
+        """Whether the cadence of the config asks for a checkpoint after update `step`."""
+        seconds = self._config.every_seconds
+        timed_out = seconds > 0 and time.monotonic() - self._saved_at_seconds >= seconds
+        return step % self._config.every_steps == 0 or timed_out
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts writing `state`, the one after update `step`; waits for the write before it to end.
+
+        Raises:
+            NonFiniteError: The state is not finite; nothing is written.
+        """
+        if not all_finite(state):
+            raise NonFiniteError(f"The parameters after step {step} are not finite. {self.advice()}")
+        self._checkpointer.save_checkpointables_async(
+            step,
+            {PARAMS: state.params, PROGRESS: {"step": state.step, "optimizer": state.optimizer}},
+            force=True,
+            custom_metadata=self._model,
+        )
+        self._saved_at_seconds = time.monotonic()
+
+    def advice(self) -> str:
+        """Which checkpoint is the last good one, for the message of a run that has to stop."""
+        latest = self._checkpointer.latest
+        good = f"The last good checkpoint is {latest.path}." if latest else "There was no checkpoint yet."
+        return f"{good} Try a lower optimizer.learning_rate or optimizer.clip_norm in a new --workdir."
+
+
+def _preservation_policy(config: CheckpointConfig):
+    policies = ocp.training.preservation_policies
+    kept = [policies.LatestN(config.keep)]
+    if config.keep_every_steps:
+        kept.append(policies.EveryNSteps(config.keep_every_steps))
+    return policies.AnyPreservationPolicy(kept)

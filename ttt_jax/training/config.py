@@ -1,0 +1,217 @@
+"""The typed configuration of a training run, made once from a ConfigDict at the boundary."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ttt_jax.config import from_mapping
+from ttt_jax.data import TokenInfo
+from ttt_jax.models.moshi import MoshiConfig
+
+RESUMABLE = ("checkpoint", "log", "validation")
+"""Sections that may differ when a run is resumed: they do not change the parameters."""
+
+
+def _require(**conditions: tuple[bool, str, Any]) -> None:
+    for name, (holds, expected, value) in conditions.items():
+        if not holds:
+            raise ValueError(f"{name}: expected {expected}, got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a batch is: `batch_size` random crops of `num_frames` frames from the dataset in `directory`."""
+
+    directory: str
+    num_frames: int = 512
+    batch_size: int = 4
+
+    def __post_init__(self):
+        _require(
+            num_frames=(self.num_frames >= 2, "at least 2 frames", self.num_frames),
+            batch_size=(self.batch_size >= 1, "at least 1", self.batch_size),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; the learning rate rises linearly over `warmup_steps`, then falls by a cosine to its final fraction.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        steps: Updates in all, warm-up included.
+        warmup_steps: Updates until the peak.
+        final_learning_rate_fraction: Learning rate after the last update, as a fraction of the peak.
+        clip_norm: Gradients are scaled down to this global L2 norm.
+    """
+
+    learning_rate: float = 1e-3
+    steps: int = 1000
+    warmup_steps: int = 100
+    final_learning_rate_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        final = self.final_learning_rate_fraction
+        _require(
+            learning_rate=(self.learning_rate > 0, "more than 0", self.learning_rate),
+            steps=(self.steps >= 1, "at least 1", self.steps),
+            warmup_steps=(0 <= self.warmup_steps < self.steps, f"0 <= warmup_steps < {self.steps}", self.warmup_steps),
+            final_learning_rate_fraction=(0 <= final <= 1, "a fraction in [0, 1]", final),
+            b1=(0 <= self.b1 < 1, "a decay in [0, 1)", self.b1),
+            b2=(0 <= self.b2 < 1, "a decay in [0, 1)", self.b2),
+            weight_decay=(self.weight_decay >= 0, "0 or more", self.weight_decay),
+            clip_norm=(self.clip_norm > 0, "more than 0", self.clip_norm),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights inside the audio and text cross-entropies, as moshi-finetune's."""
+
+    first_codebook_weight: float = 100.0
+    text_padding_weight: float = 0.5
+
+    def __post_init__(self):
+        _require(
+            first_codebook_weight=(self.first_codebook_weight > 0, "more than 0", self.first_codebook_weight),
+            text_padding_weight=(self.text_padding_weight >= 0, "0 or more", self.text_padding_weight),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep. The last step and a SIGTERM always save.
+
+    Attributes:
+        every_steps: Updates between checkpoints.
+        every_seconds: Also save when this many seconds went by since the last one; 0 turns it off.
+        keep: The newest checkpoints that are kept.
+        keep_every_steps: Checkpoints at its multiples are kept for good; 0 turns it off.
+    """
+
+    every_steps: int = 1000
+    every_seconds: float = 600.0
+    keep: int = 3
+    keep_every_steps: int = 0
+
+    def __post_init__(self):
+        _require(
+            every_steps=(self.every_steps >= 1, "at least 1", self.every_steps),
+            every_seconds=(self.every_seconds >= 0, "0 (off) or more seconds", self.every_seconds),
+            keep=(self.keep >= 2, "at least 2, so that a damaged checkpoint has one before it", self.keep),
+            keep_every_steps=(self.keep_every_steps >= 0, "0 (off) or more", self.keep_every_steps),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """How often lines go to metrics.jsonl: losses, and the diagnostics of the TTT layers (0: never)."""
+
+    every_steps: int = 10
+    diagnostics_every_steps: int = 100
+
+    def __post_init__(self):
+        every = self.diagnostics_every_steps
+        _require(
+            every_steps=(self.every_steps >= 1, "at least 1", self.every_steps),
+            diagnostics_every_steps=(every >= 0, "0 (off) or more", every),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Loss on the same `num_batches` crops of the validation split every `every_steps` updates (0: never)."""
+
+    every_steps: int = 500
+    num_batches: int = 2
+
+    def __post_init__(self):
+        _require(
+            every_steps=(self.every_steps >= 0, "0 (off) or more", self.every_steps),
+            num_batches=(self.num_batches >= 1, "at least 1", self.num_batches),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """A whole training run; with the dataset it determines the trained parameters."""
+
+    data: DataConfig
+    model: MoshiConfig = MoshiConfig()
+    seed: int = 0
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    validation: ValidationConfig = ValidationConfig()
+
+    def __post_init__(self):
+        _require(seed=(0 <= self.seed < 2**31, "a non-negative 31-bit integer", self.seed))
+
+
+def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:
+    """The model's config with its streams and vocabularies taken from the dataset.
+
+    Args:
+        model: The `model` section of the experiment's config.
+        info: The dataset's description. Its `num_codebooks` are per speaker; a model reads both speakers.
+
+    Raises:
+        ValueError: The section names a value that contradicts the dataset.
+    """
+    vocabulary = {
+        "n_q": 2 * info.num_codebooks,
+        "card": info.card,
+        "text_card": info.text_card,
+        "existing_text_padding_id": info.text_padding_id,
+    }
+    for name, value in vocabulary.items():
+        if name in model and model[name] != value:
+            raise ValueError(
+                f"config.model.{name}: the dataset has {value}, the config says {model[name]!r}. "
+                "Leave it out of the config: it is read from the dataset."
+            )
+    return from_mapping(MoshiConfig, {"dep_q": info.num_codebooks, **model, **vocabulary}, "config.model")
+
+
+def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
+    """Writes `config.json` into `workdir`, or checks that the one there is the same experiment.
+
+    Sections named in `RESUMABLE` may differ; the file then takes the new values.
+
+    Raises:
+        ValueError: The directory belongs to another experiment; lists the fields that differ.
+    """
+    path = workdir / "config.json"
+    new = json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.exists():
+        old = json.loads(path.read_text())
+        differing = [d for d in _differences(old, new) if not d.startswith(RESUMABLE)]
+        if differing:
+            lines = "\n  ".join(differing)
+            raise ValueError(
+                f"--workdir={workdir} was made by another config. Differing fields (there -> now):\n  {lines}\n"
+                f"Use a new --workdir, or restore these values; only {', '.join(RESUMABLE)} may change on resume."
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(new, indent=2) + "\n")
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def replace_file(path: pathlib.Path, text: str) -> None:
+    """Writes a text file so that a kill leaves either the old content or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,172 @@
+"""The training loop: resume, update, report, save, stop."""
+
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from ttt_jax.training import step as steps
+from ttt_jax.training.checkpoints import Checkpoints, NonFiniteError, restore_latest
+from ttt_jax.training.config import ExperimentConfig
+from ttt_jax.training.metrics import MetricsFile
+from ttt_jax.training.signals import StopRequest
+
+
+class Batches(Protocol):
+    """Random access to batches: `batches[i]` is codes [B, 1 + n_q, T] int32, the same at every call."""
+
+    def __getitem__(self, step: int, /) -> np.ndarray: ...
+
+
+def train(config: ExperimentConfig, workdir: pathlib.Path, training: Batches, validation: Batches) -> int:
+    """Trains to `config.optimizer.steps` updates, going on from the newest readable checkpoint in `workdir`.
+
+    Policy: update i reads batch i - 1 and nothing else but the state, so a killed run that is started again ends with
+    the parameters of an undisturbed one. A checkpoint is written after the metrics up to its step.
+
+    Args:
+        config: The experiment.
+        workdir: Gets `checkpoints/` and `metrics.jsonl`.
+        training: Batches to train on.
+        validation: Batches whose first `config.validation.num_batches` are scored.
+
+    Returns:
+        The updates done: fewer than asked for after SIGTERM or SIGINT, which save and stop.
+
+    Raises:
+        NonFiniteError: The loss or the parameters are not finite; names the step and the last good checkpoint.
+    """
+    functions = _Functions(config)
+    with StopRequest() as stop:
+        state = restore_latest(workdir, functions.abstract_state)
+        if state is None:
+            state = jax.jit(functools.partial(steps.init_state, config))()
+        start = int(state.step)
+        with Checkpoints(workdir, config) as checkpoints, MetricsFile(workdir / "metrics.jsonl", start) as metrics:
+            _announce(config, state)
+            with _Reporter(config, metrics, checkpoints, start) as reporter:
+                return _updates(config, state, functions, (training, validation), checkpoints, reporter, stop)
+
+
+class _Functions:
+    """The run's compiled functions."""
+
+    def __init__(self, config: ExperimentConfig):
+        self.abstract_state = jax.eval_shape(functools.partial(steps.init_state, config))
+        self.diagnostics = jax.jit(functools.partial(steps.diagnostics, config))
+        self.loss = jax.jit(lambda params, codes: steps.loss(config, params, codes)[1])
+        self._update = jax.jit(functools.partial(steps.train_step, config), donate_argnums=0)
+        self._config = config
+
+    def compile_update(self) -> Callable[[steps.TrainState, Any], tuple[steps.TrainState, dict]]:
+        """The update, compiled before the first batch so that the measured speed does not contain it."""
+        data = self._config.data
+        codes = jax.ShapeDtypeStruct((data.batch_size, 1 + self._config.model.n_q, data.num_frames), jnp.int32)
+        return self._update.lower(self.abstract_state, codes).compile()
+
+
+def _updates(config, state, functions, batches, checkpoints, reporter, stop) -> int:
+    training, validation = batches
+    last = config.optimizer.steps
+    step = int(state.step)
+    if step == last:
+        return step
+    update = functions.compile_update()
+    reporter.start_clock()
+    while step < last and not stop.requested:
+        step += 1
+        codes = jnp.asarray(training[step - 1])
+        state, metrics = update(state, codes)
+        reporter.push(step, metrics)
+        if _is_multiple(step, config.log.diagnostics_every_steps):
+            reporter.write(step, "diagnostics", functions.diagnostics(state.params, codes))
+        if _is_multiple(step, config.validation.every_steps) or (config.validation.every_steps and step == last):
+            reporter.write(step, "validation", _validate(config, functions, state.params, validation))
+        if checkpoints.is_due(step):
+            reporter.sync()
+            checkpoints.save(step, state)
+    reporter.sync()
+    if step > (checkpoints.latest_step or 0):
+        checkpoints.save(step, state)
+    return step
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _validate(config, functions, params, batches: Batches) -> dict[str, Any]:
+    scores = [functions.loss(params, jnp.asarray(batches[i])) for i in range(config.validation.num_batches)]
+    return jax.tree.map(lambda *values: np.mean(jax.device_get(values), axis=0), *scores)
+
+
+def _announce(config: ExperimentConfig, state: steps.TrainState) -> None:
+    millions = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6
+    done, device = int(state.step), jax.devices()[0].device_kind
+    resumed = f"resuming after step {done}" if done else "starting"
+    print(f"{resumed} of {config.optimizer.steps}: {millions:.1f} M parameters on {device}; compiling", file=sys.stderr)
+
+
+class _Reporter:
+    """Progress bar and metrics, read one update late so that the device always has work queued."""
+
+    def __init__(self, config: ExperimentConfig, metrics: MetricsFile, checkpoints: Checkpoints, start: int):
+        self._config = config
+        self._metrics = metrics
+        self._checkpoints = checkpoints
+        self._pending: tuple[int, dict] | None = None
+        self._bar = tqdm.tqdm(initial=start, total=config.optimizer.steps, unit="step", dynamic_ncols=True)
+        self._logged_step = start
+
+    def __enter__(self) -> "_Reporter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
+
+    def start_clock(self) -> None:
+        """From here on time counts as training."""
+        self._logged_at = time.perf_counter()
+        self._bar.unpause()
+
+    def push(self, step: int, metrics: dict) -> None:
+        """Reports the update before this one, and keeps this one's metrics for later."""
+        self._flush()
+        self._pending = (step, metrics)
+
+    def write(self, step: int, kind: str, values: dict) -> None:
+        """Writes further metrics of `step`, after those of the update itself."""
+        self._flush()
+        self._metrics.write(step, kind, jax.device_get(values))
+
+    def sync(self) -> None:
+        """Returns when everything pushed is on the disk."""
+        self._flush()
+        self._metrics.sync()
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        loss = float(metrics["loss"])
+        if not np.isfinite(loss):
+            raise NonFiniteError(f"The loss at step {step} is {loss}. {self._checkpoints.advice()}")
+        self._bar.update()
+        if _is_multiple(step, self._config.log.every_steps):
+            self._log(step, jax.device_get(metrics))
+
+    def _log(self, step: int, metrics: dict) -> None:
+        now = time.perf_counter()
+        frames = (step - self._logged_step) * self._config.data.batch_size * self._config.data.num_frames
+        rate = frames / (now - self._logged_at)
+        self._logged_step, self._logged_at = step, now
+        self._metrics.write(step, "train", {**metrics, "frames_per_second": rate})
+        self._bar.set_postfix_str(f"loss {float(metrics['loss']):.3f}, {rate:.0f} frames/s")

@@ -1,0 +1,48 @@
+"""The run's metrics.jsonl: one JSON object per line, in step order, with no step twice and none missing after a kill."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from ttt_jax.training.config import replace_file
+
+
+class MetricsFile:
+    """Appends lines `{"step": n, kind: {...}}`; a context manager.
+
+    Opening it for a run that goes on after update `step` drops what a killed run wrote beyond it, since those updates
+    are done again.
+    """
+
+    def __init__(self, path: pathlib.Path, step: int):
+        if path.exists():
+            replace_file(path, "".join(line for line in path.read_text().splitlines(True) if _is_kept(line, step)))
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Appends one line; `values` may hold NumPy scalars and arrays."""
+        plain = jax.tree.map(lambda value: np.asarray(value).tolist(), values)
+        self._file.write(json.dumps({"step": step, kind: plain}) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when the lines are on the disk."""
+        os.fsync(self._file.fileno())
+
+
+def _is_kept(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except json.JSONDecodeError:
+        # Only the last line can be torn, and a checkpoint is written after the lines of its step.
+        return False
