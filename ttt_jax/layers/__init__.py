@@ -1,0 +1,1 @@
+"""Layers: thin Linen modules and the pure functions under them."""

@@ -1,0 +1,34 @@
+"""Gated feed-forward layer with SiLU, as in Moshi."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+KERNEL_INIT = nn.initializers.lecun_normal()
+
+
+def gated_hidden_size(width: int, feedforward: int) -> int:
+    """Hidden size of each gated branch: two thirds of `feedforward`, Kyutai's `21 * width / 8` when it is 4 * width."""
+    return 21 * width // 8 if feedforward == 4 * width else 2 * feedforward // 3
+
+
+def gated_silu(x: jax.Array) -> jax.Array:
+    """`silu(a) * b` for x = (a, b) on the last axis: `[..., 2 * hidden]` to `[..., hidden]`."""
+    a, b = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(a) * b
+
+
+class GatedMLP(nn.Module):
+    """`(silu(a) * b) @ linear_out` with `(a, b) = x @ linear_in`, no biases."""
+
+    hidden_size: int
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., width]` to `[..., width]`."""
+        width = x.shape[-1]
+        linear_in = self.param("linear_in", KERNEL_INIT, (width, 2 * self.hidden_size), jnp.float32)
+        linear_out = self.param("linear_out", KERNEL_INIT, (self.hidden_size, width), jnp.float32)
+        hidden = gated_silu(x.astype(self.dtype) @ linear_in.astype(self.dtype))
+        return hidden @ linear_out.astype(self.dtype)

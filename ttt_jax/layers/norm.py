@@ -1,0 +1,32 @@
+"""Root-mean-square normalization, computed in float32 whatever the activations' dtype."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def rms_norm(x: jax.Array, alpha: jax.Array, *, eps: float = 1e-8) -> jax.Array:
+    """`x * alpha / sqrt(eps + mean(x^2))` over the last axis (Zhang & Sennrich 2019), in x's dtype.
+
+    Args:
+        x: `[..., width]`, any float dtype.
+        alpha: `[width]` scale.
+        eps: added to the mean square; Moshi uses 1e-8.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    x32 = x.astype(wide)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    alpha = alpha.astype(wide).reshape((1,) * (x.ndim - 1) + alpha.shape)
+    return (x32 * scale * alpha).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Owns `alpha [width]` (init 1) and calls `rms_norm`."""
+
+    eps: float = 1e-8
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., width]` to `[..., width]`, same dtype."""
+        alpha = self.param("alpha", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        return rms_norm(x, alpha, eps=self.eps)

@@ -1,0 +1,36 @@
+"""Moshi: config, model, losses, delays and streaming."""
+
+from ttt_jax.models.moshi.config import (
+    UNGENERATED_TOKEN,
+    ZERO_TOKEN,
+    MoshiConfig,
+    TTTInsertion,
+    check_codes,
+)
+from ttt_jax.models.moshi.delays import delay, delay_mask, undelay
+from ttt_jax.models.moshi.losses import Losses, losses, token_nll
+from ttt_jax.models.moshi.model import LayerState, Moshi, MoshiOutput, init_state
+from ttt_jax.models.moshi.stream import StepLogits, Stream, init_stream, stream_step, stream_step_with_logits
+
+__all__ = [
+    "UNGENERATED_TOKEN",
+    "ZERO_TOKEN",
+    "LayerState",
+    "Losses",
+    "Moshi",
+    "MoshiConfig",
+    "MoshiOutput",
+    "StepLogits",
+    "Stream",
+    "TTTInsertion",
+    "check_codes",
+    "delay",
+    "delay_mask",
+    "init_state",
+    "init_stream",
+    "losses",
+    "stream_step",
+    "stream_step_with_logits",
+    "token_nll",
+    "undelay",
+]

@@ -1,0 +1,329 @@
+"""What a Moshi is: sizes, delays, attention contexts, and where TTT goes in."""
+
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+AttentionKind = Literal["window", "segment"]
+ATTENTION_KINDS = ("window", "segment")
+
+ZERO_TOKEN = -1
+"""No embedding at this position of the stream, and no loss."""
+
+UNGENERATED_TOKEN = -2
+"""Not generated yet: what streaming returns while the delays fill."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TTTInsertion:
+    """TTT after the attention of some layers: `h = SA(RMS(x)); x = x + h + tanh(gate) * TTT(RMS(h))`.
+
+    Attributes:
+        layers: indices of the temporal transformer's layers that get one.
+        kind: the inner model, "linear" or "mlp".
+        num_heads: of the TTT layer; None takes the model's.
+        mini_batch_size: tokens per inner-loop step.
+        base_lr: inner-loop base step size; None takes the published one (1.0 linear, 0.1 mlp).
+        backbone: "mamba" (shared Q/K projection, causal convolutions, output gate) or "base".
+        attention: kind of attention in these layers.
+        context: their attention context in frames; None takes the model's.
+        gate_init: initial value of the gate, non-zero so that the output projection gets a gradient.
+    """
+
+    layers: tuple[int, ...]
+    kind: Literal["linear", "mlp"] = "linear"
+    num_heads: int | None = None
+    mini_batch_size: int = 16
+    base_lr: float | None = None
+    backbone: Literal["mamba", "base"] = "mamba"
+    attention: AttentionKind = "window"
+    context: int | None = None
+    gate_init: float = 0.1
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        _check_choice("ttt.kind", self.kind, ("linear", "mlp"))
+        _check_choice("ttt.backbone", self.backbone, ("mamba", "base"))
+        _check_choice("ttt.attention", self.attention, ATTENTION_KINDS)
+        _check_positive("ttt.mini_batch_size", self.mini_batch_size)
+        for name in ("num_heads", "context"):
+            if getattr(self, name) is not None:
+                _check_positive(f"ttt.{name}", getattr(self, name))
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"ttt.layers must not repeat, got {self.layers}")
+        if self.gate_init == 0:
+            raise ValueError("ttt.gate_init must not be 0: neither the gate's layer nor the gate would get a gradient")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoshiConfig:
+    """Kyutai's field names with the 7B model's values as defaults, then this project's own fields.
+
+    Attributes:
+        dim: width of the temporal transformer.
+        text_card: text vocabulary; token `text_card` is the initial one.
+        existing_text_padding_id: text token between words.
+        existing_text_end_padding_id: text token that ends a padding.
+        n_q: audio streams read (the model's own, then the user's).
+        dep_q: audio streams predicted by the depth transformer (the first ones).
+        card: audio vocabulary per stream; token `card` is the initial one.
+        num_heads: of the temporal transformer.
+        num_layers: of the temporal transformer.
+        hidden_scale: feed-forward size over `dim`, before gating takes its two thirds.
+        context: frames that attention sees, the present one included.
+        max_period: theta of the rotary embedding.
+        depformer_dim: width of the depth transformer.
+        depformer_dim_feedforward: its feed-forward size before gating; None is `hidden_scale * depformer_dim`.
+        depformer_num_heads: of the depth transformer.
+        depformer_num_layers: of the depth transformer.
+        depformer_weights_per_step_schedule: weight set used by each of the dep_q steps; None gives each its own.
+        delays: frames by which each of the 1 + n_q streams (text first) is delayed.
+        attention: kind of the temporal attention, "window" or "segment".
+        ttt: TTT layers to insert, or None.
+        dtype: of the computation; parameters, norms, softmax and states of TTT are float32.
+        remat: recompute each temporal block and the depth transformer in the backward pass.
+    """
+
+    dim: int = 4096
+    text_card: int = 32000
+    existing_text_padding_id: int = 3
+    existing_text_end_padding_id: int = 0
+    n_q: int = 16
+    dep_q: int = 8
+    card: int = 2048
+    num_heads: int = 32
+    num_layers: int = 32
+    hidden_scale: float = 4.125
+    context: int = 3000
+    max_period: float = 10000
+    depformer_dim: int = 1024
+    depformer_dim_feedforward: int | None = 4224
+    depformer_num_heads: int = 16
+    depformer_num_layers: int = 6
+    depformer_weights_per_step_schedule: tuple[int, ...] | None = None
+    delays: tuple[int, ...] = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
+    attention: AttentionKind = "window"
+    ttt: TTTInsertion | None = None
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "delays", tuple(self.delays))
+        if self.depformer_weights_per_step_schedule is not None:
+            schedule = tuple(self.depformer_weights_per_step_schedule)
+            object.__setattr__(self, "depformer_weights_per_step_schedule", schedule)
+        self._check_sizes()
+        self._check_streams()
+        self._check_ttt()
+
+    @classmethod
+    def from_kyutai(cls, config: Mapping[str, Any] | str | os.PathLike) -> "MoshiConfig":
+        """From the `config.json` of a Kyutai checkpoint, as a mapping or a path; missing fields keep the 7B values.
+
+        Raises:
+            ValueError: a field is unknown (with a suggestion), or holds a value this model does not implement.
+        """
+        raw = dict(config) if isinstance(config, Mapping) else json.loads(pathlib.Path(config).read_text())
+        known = {field.name for field in dataclasses.fields(cls)} - {"attention", "ttt", "dtype", "remat"}
+        chosen = {}
+        for name, value in raw.items():
+            if name in known:
+                chosen[name] = tuple(value) if isinstance(value, list) else value
+            elif name in _SUPPORTED_VALUES:
+                _check_supported(name, value)
+            elif name not in _NOT_THE_MODEL:
+                raise ValueError(_unknown_field(name, known | _SUPPORTED_VALUES.keys()))
+        if isinstance(chosen.get("depformer_dim_feedforward"), tuple):
+            raise ValueError("depformer_dim_feedforward must be one int, a list per step is not supported")
+        if raw.get("text_card_out") not in (None, chosen.get("text_card", cls.text_card)):
+            raise ValueError(f"text_card_out={raw['text_card_out']} different from text_card is not supported")
+        return cls(**chosen)
+
+    @property
+    def num_streams(self) -> int:
+        """Streams read: text and n_q of audio."""
+        return 1 + self.n_q
+
+    @property
+    def max_delay(self) -> int:
+        """Frames between the first call of a stream and its first output."""
+        return max(self.delays)
+
+    @property
+    def initial_tokens(self) -> tuple[int, ...]:
+        """The token each stream starts with, text first."""
+        return (self.text_card,) + (self.card,) * self.n_q
+
+    @property
+    def depth_schedule(self) -> tuple[int, ...]:
+        """Weight set of each depth step."""
+        return self.depformer_weights_per_step_schedule or tuple(range(self.dep_q))
+
+    @property
+    def text_padding_ids(self) -> tuple[int, int]:
+        """Text tokens that stand for "no word here"."""
+        return (self.existing_text_padding_id, self.existing_text_end_padding_id)
+
+    def has_ttt(self, layer: int) -> bool:
+        """Whether temporal layer `layer` has a TTT layer."""
+        return self.ttt is not None and layer in self.ttt.layers
+
+    def layer_attention(self, layer: int) -> tuple[AttentionKind, int]:
+        """Kind and context in frames of the attention of temporal layer `layer`."""
+        if self.ttt is not None and layer in self.ttt.layers:
+            return self.ttt.attention, self.ttt.context or self.context
+        return self.attention, self.context
+
+    def _check_sizes(self):
+        names = ("dim", "text_card", "n_q", "dep_q", "card", "num_heads", "num_layers", "context")
+        names += ("depformer_dim", "depformer_num_heads", "depformer_num_layers")
+        for name in names:
+            _check_positive(name, getattr(self, name))
+        for name in ("hidden_scale", "max_period"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
+        if self.depformer_dim_feedforward is not None:
+            _check_positive("depformer_dim_feedforward", self.depformer_dim_feedforward)
+        _check_divisible("dim", self.dim, "num_heads", self.num_heads)
+        _check_divisible("depformer_dim", self.depformer_dim, "depformer_num_heads", self.depformer_num_heads)
+        if self.dim // self.num_heads % 2:
+            raise ValueError(f"dim / num_heads must be even for the rotary embedding, got {self.dim // self.num_heads}")
+        _check_choice("attention", self.attention, ATTENTION_KINDS)
+        _check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
+
+    def _check_streams(self):
+        if self.dep_q > self.n_q:
+            raise ValueError(f"dep_q must be <= n_q = {self.n_q}: predicted streams are read back, got {self.dep_q}")
+        if len(self.delays) != self.num_streams:
+            raise ValueError(
+                f"delays must hold n_q + 1 = {self.num_streams} values (text first), "
+                f"got {len(self.delays)}: {self.delays}"
+            )
+        if min(self.delays) < 0:
+            raise ValueError(f"delays must be >= 0 frames, got {self.delays}")
+        schedule = self.depformer_weights_per_step_schedule
+        if schedule is None:
+            return
+        if len(schedule) != self.dep_q:
+            raise ValueError(
+                f"depformer_weights_per_step_schedule must hold dep_q = {self.dep_q} values, got {len(schedule)}"
+            )
+        if set(schedule) != set(range(max(schedule) + 1)):
+            raise ValueError(
+                f"depformer_weights_per_step_schedule must use every weight set 0 .. max, got {schedule}: unused sets "
+                "would never be trained"
+            )
+
+    def _check_ttt(self):
+        if self.ttt is None:
+            return
+        bad = [layer for layer in self.ttt.layers if not 0 <= layer < self.num_layers]
+        if bad:
+            raise ValueError(f"ttt.layers must lie in 0 .. {self.num_layers - 1} (num_layers - 1), got {bad}")
+        heads = self.ttt.num_heads or self.num_heads
+        _check_divisible("dim", self.dim, "ttt.num_heads", heads)
+
+
+def check_codes(config: MoshiConfig, codes) -> None:
+    """Checks codes `[B, 1 + n_q, T]`: integers, text in [-2, text_card], audio in [-2, card].
+
+    -1 is "no token", -2 "to be generated", the cardinality itself the initial token.
+
+    Raises:
+        ValueError: wrong shape or dtype, or a value out of range, naming row, stream, position, value and range.
+    """
+    check_codes_shape(config, codes)
+    codes = np.asarray(codes)
+    highest = np.asarray(config.initial_tokens)[None, :, None]
+    bad = np.argwhere((codes < UNGENERATED_TOKEN) | (codes > highest))
+    if len(bad):
+        row, stream, position = (int(i) for i in bad[0])
+        name = "text" if stream == 0 else f"audio codebook {stream - 1}"
+        raise ValueError(
+            f"codes[{row}, {stream}, {position}] = {codes[row, stream, position]} is outside "
+            f"[{UNGENERATED_TOKEN}, {config.initial_tokens[stream]}] of stream {stream} ({name}), "
+            f"at position {position}; {len(bad)} such values in all. Was the data prepared with another codec or tokenizer?"
+        )
+
+
+def check_codes_shape(config: MoshiConfig, codes) -> None:
+    """The part of `check_codes` that also works on traced arrays."""
+    if codes.ndim != 3 or codes.shape[1] != config.num_streams:
+        raise ValueError(
+            f"codes must have shape [B, {config.num_streams}, T] (text, then n_q = {config.n_q} audio streams), "
+            f"got {tuple(codes.shape)}"
+        )
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(f"codes must be integers (int32), got {codes.dtype}")
+
+
+_SUPPORTED_VALUES: dict[str, tuple] = {
+    "causal": (True,),
+    "layer_scale": (None,),
+    "gating": ("silu",),
+    "norm": ("rms_norm_f32",),
+    "norm_emb": (False,),
+    "bias_proj": (False,),
+    "positional_embedding": ("rope",),
+    "cross_attention": (False,),
+    "depformer_layer_scale": (None,),
+    "depformer_multi_linear": (True,),
+    "depformer_gating": ("silu",),
+    "depformer_pos_emb": ("none",),
+    "depformer_weights_per_step": (True,),
+    "depformer_low_rank_embeddings": (None,),
+    "depformer_norm": (None,),
+    "demux_second_stream": (False,),
+    "demux_second_text_stream": (False,),
+    "extra_heads_num_heads": (0,),
+    "conditioners": (None, {}),
+    "fuser": (None, {}),
+    "lora": (False,),
+    "quantize": (False,),
+    "model_type": ("moshi",),
+}
+"""Fields of Kyutai's that this model implements for one value only (None, where None means off, always passes)."""
+
+_NOT_THE_MODEL = frozenset(
+    (
+        *("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "lora_rank", "lora_scaling"),
+        *("lm_gen_config", "tts_config", "stt_config", "model_id", "extra_heads_dim", "text_card_out"),
+        *("depformer_causal", "depformer_context", "depformer_max_period", "gradient_checkpointing"),
+    )
+)
+"""Fields that do not change the model here: file names, sampling defaults, or unused without their switch."""
+
+
+def _check_supported(name: str, value: Any):
+    supported = _SUPPORTED_VALUES[name]
+    if value not in supported:
+        raise ValueError(f"{name}={value!r} is not supported; this model implements {name}={supported[0]!r}")
+
+
+def _unknown_field(name: str, known) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(known))}"
+    return f"unknown field {name!r} in the Moshi config; {hint}"
+
+
+def _check_positive(name: str, value: Any):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def _check_divisible(name: str, value: int, by: str, divisor: int):
+    if value % divisor:
+        raise ValueError(f"{name} must be divisible by {by}, got {name}={value} and {by}={divisor}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]):
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}{hint}")
