@@ -1,0 +1,124 @@
+"""Audio codecs: waveforms in blocks to codes, and codes back to a waveform."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+_SUBFRAMES = 2  # 40 ms Codec2 frames per 80 ms frame
+_FIELD_BITS = (
+    9,
+    9,
+    4,
+    6,
+)  # first and second stage of the spectral VQ, energy, pitch: the order in which 700C packs them
+_SHIFTS = np.array([23, 14, 10, 4], np.uint32)  # the 28 bits are left-aligned in a big-endian 32-bit word
+_MASKS = np.array([(1 << bits) - 1 for bits in _FIELD_BITS], np.uint32)
+
+
+def _import_pycodec2():
+    try:
+        import pycodec2
+    except ImportError as error:
+        raise ImportError("the codec2 codec needs pycodec2: pip install 'ttt-jax[demo]'") from error
+    return pycodec2
+
+
+class Codec2:
+    """Codec2 700C, a 700 bit/s speech vocoder, as eight codebooks at 12.5 Hz.
+
+    Two 40 ms frames make one 80 ms frame; each gives four fields, in time order: the two stages of the spectral vector
+    quantizer (9 bits each), energy (4 bits) and pitch (6 bits). Source: Rowe, "Codec 2 700C" (2017); mode 700C of
+    libcodec2. Digital silence is one constant frame.
+    """
+
+    name = "codec2"
+    frame_rate_hz = 12.5
+    sample_rate_hz = 8000
+    num_codebooks = _SUBFRAMES * len(_FIELD_BITS)
+    card = 512
+    frame_samples = 640
+
+    def encoder(self) -> "Codec2Encoder":
+        """A fresh streaming encoder for one channel."""
+        return Codec2Encoder()
+
+    def encode(self, wav: np.ndarray) -> np.ndarray:
+        """float [S] in [-1, 1] at 8 kHz -> int32 [8, ceil(S / 640)]; the last frame is padded with silence."""
+        encoder = self.encoder()
+        return np.concatenate([encoder.push(wav), encoder.finish()], axis=1)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """int [8, T] -> float32 [640 T] at 8 kHz; frames with a -1 are silent."""
+        codes = np.asarray(codes)
+        limits = np.tile(_MASKS.astype(np.int64), _SUBFRAMES)[:, None]
+        if codes.ndim != 2 or codes.shape[0] != self.num_codebooks or not np.issubdtype(codes.dtype, np.integer):
+            raise ValueError(f"codes: expected integers [{self.num_codebooks}, T], got {codes.dtype} {codes.shape}")
+        missing = (codes == -1).any(axis=0)
+        codes = np.where(missing, 0, codes)
+        # A model's softmax spans `card`, wider than the energy and pitch fields: nearest value that exists.
+        fields = np.clip(codes, 0, limits).T.reshape(-1, len(_FIELD_BITS)).astype(np.uint32)
+        words = np.bitwise_or.reduce(fields << _SHIFTS, axis=1).astype(">u4")
+        decoder = _import_pycodec2().Codec2(700)
+        samples = [decoder.decode(word.tobytes()) for word in words]
+        wav = np.concatenate(samples).astype(np.float32) / 32768 if samples else np.zeros(0, np.float32)
+        return np.where(np.repeat(missing, self.frame_samples), np.float32(0), wav)
+
+
+class Codec2Encoder:
+    """Encodes one channel block by block; any split into blocks gives the same codes."""
+
+    def __init__(self):
+        self._codec = _import_pycodec2().Codec2(700)
+        self._pending = np.zeros(0, np.int16)
+
+    def push(self, wav: np.ndarray) -> np.ndarray:
+        """float [S] in [-1, 1] -> int32 [8, t]: the whole frames that are complete by now."""
+        wav = np.asarray(wav)
+        if wav.ndim != 1:
+            raise ValueError(f"wav: expected one channel of shape [samples], got {wav.shape}")
+        if not np.isfinite(wav).all():
+            raise ValueError("wav: holds samples that are not finite; expected floats in [-1, 1]")
+        samples = np.clip(np.rint(wav * 32768), -32768, 32767).astype(np.int16)
+        samples = np.concatenate([self._pending, samples])
+        whole = len(samples) // Codec2.frame_samples * Codec2.frame_samples
+        self._pending = samples[whole:]
+        step = Codec2.frame_samples // _SUBFRAMES
+        packed = b"".join(self._codec.encode(samples[i : i + step]) for i in range(0, whole, step))
+        words = np.frombuffer(packed, ">u4").astype(np.uint32)
+        fields = (words[:, None] >> _SHIFTS) & _MASKS
+        return fields.reshape(-1, Codec2.num_codebooks).T.astype(np.int32)
+
+    def finish(self) -> np.ndarray:
+        """The frame still open, padded with silence: int32 [8, 1], or [8, 0] if none is open."""
+        missing = -len(self._pending) % Codec2.frame_samples
+        return self.push(np.zeros(missing, np.float32))
+
+
+CODECS = {Codec2.name: Codec2}
+
+
+def get_codec(name: str) -> Codec2:
+    """The codec of that name; ValueError lists those that exist."""
+    if name not in CODECS:
+        raise ValueError(f"codec: expected one of {sorted(CODECS)}, got {name!r}")
+    return CODECS[name]()
+
+
+def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec2) -> np.ndarray:
+    """Encode a stream of float [channels, samples] blocks, each channel by its own encoder.
+
+    Returns:
+        int32 [channels * num_codebooks, T], at least one frame, channel by channel.
+    """
+    encoders = None
+    parts = []
+    for block in blocks:
+        encoders = encoders or [codec.encoder() for _ in block]
+        parts.append(np.concatenate([e.push(channel) for e, channel in zip(encoders, block, strict=True)]))
+    if encoders is None:
+        raise ValueError("blocks: expected at least one block of audio, got none")
+    parts.append(np.concatenate([encoder.finish() for encoder in encoders]))
+    codes = np.concatenate(parts, axis=1)
+    if codes.shape[1] == 0:  # less than one resampled sample: still one frame
+        codes = np.concatenate([encoder.push(np.zeros(codec.frame_samples)) for encoder in encoders])
+    return codes

@@ -1,0 +1,151 @@
+"""Synthesize long two-speaker conversations with planted facts, and tokenize them.
+
+    python -m ttt_jax.data.conversations --hours=8 --seed=0 --output=DIR
+
+Each recording follows from (seed, index) alone, whatever the number of workers. Exit codes: 0 done, 1 an error, 2 wrong
+flags. A rerun of the same command resumes.
+"""
+
+import os
+import pathlib
+import sys
+
+import numpy as np
+import soundfile
+import soxr
+from absl import app, flags
+
+from ttt_jax.data import dialogue, pipeline, text
+from ttt_jax.data.speech import espeak
+
+_HOURS = flags.DEFINE_float("hours", 8.0, "Hours of conversation, in all splits together.", lower_bound=0.0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the whole dataset.", lower_bound=0)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory of the dataset.", required=True)
+_CODEC = flags.DEFINE_string("codec", "codec2", "Audio codec.")
+_MIN_MINUTES = flags.DEFINE_float("min_minutes", 5.0, "Shortest recording.", lower_bound=0.05)
+_MAX_MINUTES = flags.DEFINE_float("max_minutes", 60.0, "Longest recording.", lower_bound=0.05)
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1000, "Upper limit of the tokenizer's vocabulary.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Sentencepiece model to use instead of training one.")
+_KEEP_WAV = flags.DEFINE_integer("keep_wav", 0, "Test recordings whose audio is kept in OUTPUT/wav.", lower_bound=0)
+_WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes at a time.", lower_bound=1)
+
+
+class Conversation:
+    """One synthesized recording, a `pipeline.Source`."""
+
+    def __init__(self, plan: dialogue.Outline, wav: pathlib.Path | None):
+        self.plan = plan
+        self.wav = wav
+        self.id = plan.name
+        self.version = f"{plan.minutes}"
+
+    def read(self, sample_rate_hz: int) -> pipeline.Speech:
+        script = dialogue.write(self.plan)
+        recorder = _Recorder(script, sample_rate_hz)
+        blocks = recorder.blocks()
+        if self.wav is not None:
+            blocks = _keep(blocks, self.wav, sample_rate_hz)
+        return pipeline.Speech(blocks, lambda: recorder.words["main"], recorder.metadata)
+
+
+class _Recorder:
+    """Speaks a script turn by turn, each speaker in a channel of its own, and notes when everything was said."""
+
+    def __init__(self, script: dialogue.Script, sample_rate_hz: int):
+        self.script = script
+        self.rate = sample_rate_hz
+        self.words: dict[str, list[text.Word]] = {"main": [], "other": []}
+        self.spoken: list[dict] = []
+        self.samples = 0
+
+    def blocks(self):
+        """Float32 [2, samples]: a turn and the pause behind it; the channel of who does not speak is digital silence."""
+        for turn in self.script.turns:
+            channel = dialogue.SPEAKERS.index(turn.speaker)
+            utterance = espeak().say(turn.words, self.script.voices[turn.speaker])
+            wav = soxr.resample(utterance.wav, espeak().sample_rate_hz, self.rate)
+            self._note(turn, utterance.spans / espeak().sample_rate_hz)
+            block = np.zeros((2, len(wav) + round(turn.pause_s * self.rate)), np.float32)
+            block[channel, : len(wav)] = wav
+            self.samples += block.shape[1]
+            yield block
+
+    def _note(self, turn: dialogue.Turn, spans: np.ndarray) -> None:
+        spans = np.round(spans + self.samples / self.rate, 4)
+        bare = [word.strip(".,!?") for word in turn.words]
+        self.words[turn.speaker] += [text.Word(w, float(a), float(b)) for w, (a, b) in zip(bare, spans, strict=True)]
+        for mark in turn.marks:
+            start, end = float(spans[mark.first, 0]), float(spans[mark.last, 1])
+            self.spoken.append({**mark.label, "speaker": turn.speaker, "start_s": start, "end_s": end})
+
+    def metadata(self) -> dict:
+        return {**self.script.metadata, "spoken": self.spoken, "duration_s": self.samples / self.rate}
+
+
+def _keep(blocks, path: pathlib.Path, sample_rate_hz: int):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with soundfile.SoundFile(partial, "w", sample_rate_hz, 2, "PCM_16", format="WAV") as file:
+        for block in blocks:
+            file.write(block.T)
+            yield block
+    os.replace(partial, path)
+
+
+def make(
+    output: pathlib.Path,
+    *,
+    hours: float,
+    seed: int,
+    min_minutes: float = 5.0,
+    max_minutes: float = 60.0,
+    codec: str = "codec2",
+    tokenizer: pathlib.Path | None = None,
+    vocab_size: int = 1000,
+    keep_wav: int = 0,
+    workers: int = 1,
+) -> None:
+    """What the program does, as a function; arguments are its flags."""
+    if not 0 < min_minutes <= max_minutes:
+        raise ValueError(f"min_minutes: expected 0 < min_minutes <= max_minutes, got {min_minutes} and {max_minutes}")
+    outlines = dialogue.outlines(seed, hours, min_minutes, max_minutes)
+    tests = [outline.index for outline in outlines if outline.split == "test"][:keep_wav]
+    sources = [Conversation(o, output / "wav" / f"{o.name}.wav" if o.index in tests else None) for o in outlines]
+    splits = {source.id: source.plan.split for source in sources}
+    settings = {
+        "program": "ttt_jax.data.conversations",
+        "hours": hours,
+        "seed": seed,
+        "min_minutes": min_minutes,
+        "max_minutes": max_minutes,
+        "codec": codec,
+        "tokenizer": None if tokenizer is None else str(tokenizer),
+        "vocab_size": vocab_size,
+        "keep_wav": keep_wav,
+    }
+    plan = pipeline.Plan(output, settings, codec, tokenizer, vocab_size, workers)
+    pipeline.build(plan, sources, lambda ids: {i: splits[i] for i in ids})
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    try:
+        make(
+            pathlib.Path(_OUTPUT.value),
+            hours=_HOURS.value,
+            seed=_SEED.value,
+            min_minutes=_MIN_MINUTES.value,
+            max_minutes=_MAX_MINUTES.value,
+            codec=_CODEC.value,
+            tokenizer=pathlib.Path(_TOKENIZER.value) if _TOKENIZER.value else None,
+            vocab_size=_VOCAB_SIZE.value,
+            keep_wav=_KEEP_WAV.value,
+            workers=_WORKERS.value,
+        )
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

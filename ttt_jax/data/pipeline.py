@@ -1,0 +1,341 @@
+"""From "audio and words" to a finished dataset: what every program that makes one shares.
+
+Resume: each recording's tokens go to OUTPUT/.work as soon as they exist; the dataset is assembled there and moved into
+OUTPUT, tokens.json last, so a directory without tokens.json is unfinished and `open_dataset` refuses it.
+"""
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import connection
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import sentencepiece
+import tqdm
+
+from ttt_jax.data import text, tokens
+from ttt_jax.data.audio import BadRecordingError
+from ttt_jax.data.codecs import encode_blocks, get_codec
+
+BUILD_FILE = "build.json"
+RESULT_FILE = "skipped.json"
+WORK_DIR = ".work"
+EXIT_SKIPPED = 3
+_WORDS_PER_LINE = 16
+_PRELOAD = ["ttt_jax.data.pipeline", "ttt_jax.data.speech", "absl.app", "absl.flags"]
+
+
+class Speech(NamedTuple):
+    """One recording on its way to tokens.
+
+    Attributes:
+        blocks: float32 [channels, samples] blocks at the codec's rate; one channel, or main speaker then other.
+        words: called once the blocks are used up; the main speaker's words, or None where they are unknown.
+        metadata: called after `words`; JSON types only.
+    """
+
+    blocks: Iterator[np.ndarray]
+    words: Callable[[], list[text.Word] | None]
+    metadata: Callable[[], dict[str, Any]]
+
+
+class Source(Protocol):
+    """One recording to be tokenized; picklable, and read in a fresh process of its own."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def version(self) -> str:
+        """Changes whenever the recording's content may have."""
+        ...
+
+    def read(self, sample_rate_hz: int) -> Speech: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to build a dataset.
+
+    Attributes:
+        output: the dataset's directory.
+        settings: every flag that the result depends on, as JSON types; a rerun must come with the same.
+        codec: name of the codec.
+        tokenizer: sentencepiece model to use, or None to train one on the training words.
+        vocab_size: upper limit of the trained tokenizer's vocabulary.
+        workers: processes at a time.
+    """
+
+    output: pathlib.Path
+    settings: Mapping[str, Any]
+    codec: str
+    tokenizer: pathlib.Path | None
+    vocab_size: int
+    workers: int
+
+
+def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], dict[str, str]]) -> dict[str, str]:
+    """Build the dataset or finish building it; nothing is done again that an earlier run did.
+
+    Args:
+        plan: where and how.
+        sources: the recordings; ids are unique.
+        assign: ids of the usable recordings -> split of each.
+
+    Returns:
+        id -> reason, for every recording that was skipped.
+
+    Raises:
+        ValueError: the directory holds something else, or was begun with other settings.
+        RuntimeError: a worker died, or another process is building here.
+    """
+    inputs = _digest(*(f"{source.id}\n{source.version}" for source in sources))
+    plan.output.mkdir(parents=True, exist_ok=True)
+    _claim(plan)
+    if (plan.output / tokens.INFO_FILE).exists():
+        result = json.loads((plan.output / RESULT_FILE).read_text())
+        if result["inputs"] != inputs:
+            raise ValueError(
+                f"{plan.output} is finished, but its input files have changed since: choose a new directory"
+            )
+        print(f"{plan.output} is finished already; nothing to do")
+        shutil.rmtree(plan.output / WORK_DIR, ignore_errors=True)
+        return result["skipped"]
+    work = plan.output / WORK_DIR
+    work.mkdir(exist_ok=True)
+    with _only_builder(work):
+        done, skipped = _tokenize_all(plan, sources, work)
+        if not done:
+            reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
+            raise ValueError(f"none of the {len(sources)} recordings could be used:{reasons}")
+        splits = assign(list(done))
+        records = {split: [done[i] for i in done if splits[i] == split] for split in ("train", "validation", "test")}
+        tokenizer = _make_tokenizer(plan, records["train"], work)
+        _assemble(plan, records, tokenizer, work)
+        write_atomically(plan.output / RESULT_FILE, json.dumps({"inputs": inputs, "skipped": skipped}, indent=1) + "\n")
+        os.replace(work / tokens.INFO_FILE, plan.output / tokens.INFO_FILE)
+    shutil.rmtree(work)
+    return skipped
+
+
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+    """Write a file so that a kill leaves either the old one or the new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _claim(plan: Plan) -> None:
+    """Record the settings in a fresh directory, or hold them against those it was begun with."""
+    path = plan.output / BUILD_FILE
+    settings = json.loads(json.dumps(dict(plan.settings)))
+    if not path.exists():
+        others = [p.name for p in plan.output.iterdir() if not p.name.startswith(BUILD_FILE)]
+        if others:
+            raise ValueError(f"output: {plan.output} holds other files ({others[0]}); choose an empty or new directory")
+        write_atomically(path, json.dumps(settings, indent=1) + "\n")
+        return
+    begun = json.loads(path.read_text())
+    changed = [
+        f"{name} was {begun.get(name)!r}, is {settings.get(name)!r}"
+        for name in sorted(begun.keys() | settings.keys())
+        if begun.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"output: {plan.output} was begun with other settings ({'; '.join(changed)}); "
+            "rerun with the same ones, or choose a new directory"
+        )
+
+
+class _only_builder:  # noqa: N801
+    """Hold a directory's lock for as long as this process builds in it."""
+
+    def __init__(self, work: pathlib.Path):
+        self._path = work / "lock"
+
+    def __enter__(self):
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RuntimeError(f"another process is building in {self._path.parent}; wait for it") from error
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+def _tokenize_all(
+    plan: Plan, sources: Sequence[Source], work: pathlib.Path
+) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
+    """Tokenize what is not in the cache yet; id -> cached file, and id -> reason of those skipped."""
+    paths = {s.id: work / f"{_digest(s.id, s.version, plan.codec)}.npz" for s in sources}
+    if len(paths) != len(sources):
+        raise ValueError("sources: expected unique ids")
+    todo = [s for s in sources if not paths[s.id].exists()]
+    tasks = [(source.id, _tokenize, (source, plan.codec, paths[source.id])) for source in todo]
+    with tqdm.tqdm(total=len(sources), initial=len(sources) - len(tasks), unit="recording", desc="tokenizing") as bar:
+        for _ in run_in_fresh_processes(tasks, plan.workers):
+            bar.update()
+    skipped = {s.id: _skip_file(paths[s.id]).read_text() for s in sources if not paths[s.id].exists()}
+    done = {name: path for name, path in paths.items() if name not in skipped}
+    return done, skipped
+
+
+def run_in_fresh_processes(tasks: Sequence[tuple[str, Callable, tuple]], workers: int) -> Iterator[str]:
+    """Run `(name, function, args)` tasks, each in a process of its own, and yield the names as they finish.
+
+    The processes are forked from a server that has imported the libraries and used none of them. RuntimeError if a
+    process dies; the tasks after it are not started.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    waiting = list(reversed(tasks))
+    running: dict[int, tuple[str, multiprocessing.process.BaseProcess]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                name, function, args = waiting.pop()
+                process = context.Process(target=function, args=args, daemon=True)
+                process.start()
+                running[process.sentinel] = (name, process)
+            for sentinel in connection.wait(list(running)):
+                name, process = running.pop(sentinel)  # type: ignore[arg-type]
+                process.join()
+                if process.exitcode != 0:
+                    raise RuntimeError(f"the process for {name!r} ended with exit code {process.exitcode} (see above)")
+                yield name
+    finally:
+        for _, process in running.values():
+            process.terminate()
+            process.join()
+
+
+def _skip_file(path: pathlib.Path) -> pathlib.Path:
+    return path.with_suffix(".skipped")
+
+
+def _tokenize(source: Source, codec_name: str, path: pathlib.Path) -> None:
+    """Tokenize one recording into the cache, or leave the reason why it cannot be."""
+    codec = get_codec(codec_name)
+    try:
+        speech = source.read(codec.sample_rate_hz)
+        codes = encode_blocks(speech.blocks, codec)
+        words = speech.words()
+        metadata = speech.metadata()
+    except BadRecordingError as error:
+        write_atomically(_skip_file(path), str(error))
+        return
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        np.savez(
+            file, id=source.id, codes=codes.astype(np.int16), words=json.dumps(words), metadata=json.dumps(metadata)
+        )
+    os.replace(partial, path)
+
+
+class _Tokenized(NamedTuple):
+    id: str
+    codes: np.ndarray
+    words: list[text.Word] | None
+    metadata: str
+
+
+def _load(path: str | pathlib.Path) -> _Tokenized:
+    with np.load(path) as file:
+        words = json.loads(str(file["words"]))
+        words = None if words is None else [text.Word(*word) for word in words]
+        return _Tokenized(str(file["id"]), file["codes"], words, str(file["metadata"]))
+
+
+def _make_tokenizer(plan: Plan, train: Sequence[pathlib.Path], work: pathlib.Path) -> pathlib.Path | None:
+    """The tokenizer named, or one trained on the training words, or None where nothing is transcribed."""
+    path = work / tokens.TOKENIZER_FILE
+    if plan.tokenizer is not None:
+        text.load_tokenizer(plan.tokenizer)
+        write_atomically(path, plan.tokenizer.read_bytes())
+        return path
+    transcripts = (_load(p).words or [] for p in train)
+    lines = [
+        " ".join(word.text for word in words[i : i + _WORDS_PER_LINE])
+        for words in transcripts
+        for i in range(0, len(words), _WORDS_PER_LINE)
+    ]
+    if not lines:
+        return None
+    write_atomically(path, text.train_tokenizer(lines, plan.vocab_size))
+    size = text.load_tokenizer(path).get_piece_size()
+    if size < plan.vocab_size:
+        print(f"the training words fill a vocabulary of {size}, below the {plan.vocab_size} asked for")
+    return path
+
+
+@functools.cache
+def _tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
+    return text.load_tokenizer(pathlib.Path(path))
+
+
+def _example(tokenizer: str | None, info: tokens.TokenInfo, path: str) -> dict[str, Any]:
+    """One record of the dataset from one cached recording."""
+    tokenized = _load(path)
+    num_frames = tokenized.codes.shape[1]
+    codes = np.full((info.num_streams, num_frames), tokens.MISSING, np.int32)
+    codes[1 : 1 + len(tokenized.codes)] = tokenized.codes
+    if tokenized.words is not None and tokenizer is not None:
+        codes[0] = text.text_stream(tokenized.words, _tokenizer(tokenizer), num_frames, info.frame_rate_hz)
+    tokens.check_codes(codes, info, f"recording {tokenized.id!r}")
+    return {"id": tokenized.id, "codes": codes.T, "metadata": tokenized.metadata}
+
+
+def _assemble(
+    plan: Plan, records: dict[str, list[pathlib.Path]], tokenizer: pathlib.Path | None, work: pathlib.Path
+) -> None:
+    """Write the TFDS dataset under `work`, then move all of it into the output except tokens.json."""
+    import tensorflow_datasets as tfds  # here, so that the worker processes need not load it
+
+    from ttt_jax.data.builder import TokenRecordings, load_builder
+
+    codec = get_codec(plan.codec)
+    info = tokens.TokenInfo(
+        codec=codec.name,
+        frame_rate_hz=codec.frame_rate_hz,
+        sample_rate_hz=codec.sample_rate_hz,
+        num_codebooks=codec.num_codebooks,
+        card=codec.card,
+        text_card=text.RESERVED_IDS if tokenizer is None else _tokenizer(str(tokenizer)).get_piece_size(),
+        text_padding_id=text.TEXT_PADDING_ID,
+        end_of_padding_id=text.END_OF_PADDING_ID,
+    )
+    root = work / "tfds"
+    shutil.rmtree(root, ignore_errors=True)
+    tfds.disable_progress_bar()
+    builder = TokenRecordings(
+        records=records,
+        make_example=functools.partial(_example, None if tokenizer is None else str(tokenizer), info),
+        num_streams=info.num_streams,
+        data_dir=str(root),
+    )
+    builder.download_and_prepare()
+    written = pathlib.Path(builder.data_path)
+    stored = load_builder(written)
+    num_frames = {split: [len(r["codes"]) for r in stored.as_data_source(split)] for split in stored.info.splits}
+    write_atomically(work / tokens.INFO_FILE, tokens.info_to_json(info, num_frames))
+    if tokenizer is not None:
+        os.replace(tokenizer, plan.output / tokens.TOKENIZER_FILE)
+    for file in sorted(written.iterdir(), key=lambda p: p.name == "dataset_info.json"):
+        os.replace(file, plan.output / file.name)

@@ -1,0 +1,105 @@
+"""Opening a token dataset and drawing batches from it, by index alone."""
+
+import json
+import pathlib
+import threading
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from ttt_jax.data.builder import load_builder
+from ttt_jax.data.tokens import INFO_FILE, MISSING, Recording, TokenInfo, check_codes, info_from_json
+
+_CACHE_BYTES = 1 << 30
+_NUM_CROPS = 1 << 62  # crops are drawn without end
+
+
+class TokenDataset:
+    """One split: `len(dataset)` recordings, `dataset[i]` -> Recording with codes int32 [streams, T].
+
+    Attributes:
+        info: TokenInfo of the dataset.
+        num_frames: int64 [len(self)], each recording's length.
+    """
+
+    def __init__(self, source, info: TokenInfo, num_frames: Sequence[int]):
+        self._source = source
+        self.info = info
+        self.num_frames = np.asarray(num_frames, np.int64)
+        self._cache: dict[int, np.ndarray] = {}
+        self._cache_room = _CACHE_BYTES
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Recording:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is outside this split of {len(self)} recordings")
+        record = self._source[index % len(self)]
+        name = record["id"].decode()
+        codes = np.ascontiguousarray(record["codes"].T, np.int32)
+        check_codes(codes, self.info, f"recording {name!r}")
+        return Recording(name, codes, json.loads(record["metadata"].decode()))
+
+    def codes(self, index: int) -> np.ndarray:
+        """`self[index].codes`, kept in memory while a gibibyte lasts: crops touch the same recordings again and again."""
+        codes = self._cache.get(index)
+        if codes is None:
+            codes = self[index].codes
+            with self._lock:
+                if index not in self._cache and codes.nbytes <= self._cache_room:
+                    self._cache[index] = codes
+                    self._cache_room -= codes.nbytes
+        return codes
+
+
+def open_dataset(directory: str | pathlib.Path, split: str) -> TokenDataset:
+    """Open one split ("train", "validation" or "test") of a finished dataset directory.
+
+    Raises:
+        FileNotFoundError: there is no finished dataset.
+        ValueError: the split does not exist, or the dataset's description is broken.
+    """
+    directory = pathlib.Path(directory)
+    if not (directory / INFO_FILE).is_file():
+        raise FileNotFoundError(
+            f"no finished token dataset at {directory} (no {INFO_FILE}); make one with "
+            f"`python -m ttt_jax.data.prepare --audio=DIR --output={directory}` or "
+            f"`python -m ttt_jax.data.conversations --hours=8 --output={directory}`, or rerun the one that was stopped"
+        )
+    info, num_frames = info_from_json(directory / INFO_FILE)
+    if split not in num_frames:
+        raise ValueError(f"split: expected one of {list(num_frames)}, which {directory} holds, got {split!r}")
+    source = load_builder(directory).as_data_source(split)
+    if len(source) != len(num_frames[split]):
+        raise ValueError(
+            f"{directory / INFO_FILE} lists {len(num_frames[split])} {split} recordings, the dataset holds {len(source)}; "
+            "its files do not belong together: make the dataset again"
+        )
+    return TokenDataset(source, info, num_frames[split])
+
+
+def batches(dataset: TokenDataset, *, seed: int, batch_size: int, num_frames: int) -> grain.MapDataset:
+    """Random crops by step: `batches(...)[step]` -> codes int32 [batch_size, streams, num_frames].
+
+    A batch follows from (seed, step) alone. A recording is drawn in proportion to its length and the crop's start
+    uniformly, so every frame is about equally likely; a recording shorter than the crop is padded with -1 at its end.
+    """
+    for name, value in (("batch_size", batch_size), ("num_frames", num_frames)):
+        if value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value}")
+    if len(dataset) == 0:
+        raise ValueError("dataset: expected at least one recording, got none")
+    weights = np.maximum(dataset.num_frames, num_frames).cumsum()
+
+    def crop(_: int, rng: np.random.Generator) -> np.ndarray:
+        index = int(np.searchsorted(weights, rng.integers(weights[-1]), side="right"))
+        codes = dataset.codes(index)
+        start = int(rng.integers(max(1, codes.shape[1] - num_frames + 1)))
+        piece = codes[:, start : start + num_frames]
+        return np.pad(piece, ((0, 0), (0, num_frames - piece.shape[1])), constant_values=MISSING)
+
+    crops = grain.MapDataset.range(_NUM_CROPS).seed(seed).random_map(crop)
+    return crops.batch(batch_size)
