@@ -1,0 +1,76 @@
+"""Bad calls say which argument is wrong, what was expected and what came."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ttt_cases import C, make_params, make_tokens
+
+import ttt_jax
+
+
+def call(**changes):
+    q, k, v, lr = make_tokens(C)
+    arguments = {"params": make_params("linear"), "q": q, "k": k, "v": v, "lr": lr, "mini_batch_size": C} | changes
+    return ttt_jax.ttt_linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda: {"mini_batch_size": 0}, r"mini_batch_size: expected an int >= 1, got 0"),
+        (lambda: {"mini_batch_size": 2.0}, r"mini_batch_size: .* got 2.0"),
+        (lambda: {"remat_every": 0}, r"remat_every: expected an int >= 1"),
+        (lambda: {"eps": 0.0}, r"eps: expected a float > 0"),
+        (lambda: {"q": jnp.zeros((2, C, 2))}, r"q: expected shape \[B, T, H, D\], got \(2, 4, 2\)"),
+        (lambda: {"q": jnp.zeros((2, C, 2, 4), jnp.int32)}, r"q: expected a float dtype, got int32"),
+        (lambda: {"k": jnp.zeros((2, C, 2, 8))}, r"k: expected q's shape \(2, 4, 2, 4\), got \(2, 4, 2, 8\)"),
+        (lambda: {"v": jnp.zeros((2, C, 2, 4), jnp.float32)}, r"v: expected q's dtype float64, got float32. Cast it"),
+        (lambda: {"lr": jnp.zeros((2, C))}, r"lr: expected shape \[B, T, H\] = \(2, 4, 2\), got \(2, 4\)"),
+        (lambda: {"lr": jnp.zeros((2, C, 2), jnp.bfloat16)}, r"lr: expected dtype float32 or float64, got bfloat16"),
+        (lambda: {"token_scale": jnp.ones(3)}, r"token_scale: expected shape \[C\] = \(4,\), got \(3,\)"),
+        (lambda: {"length": jnp.ones(3, jnp.int32)}, r"length: expected shape \[B\] = \(2,\), got \(3,\)"),
+        (lambda: {"length": jnp.ones(2)}, r"length: expected an int dtype, got float64"),
+        (lambda: {"reset": jnp.ones(2, jnp.int32)}, r"reset: expected bool dtype, got int32"),
+        (
+            lambda: {"params": make_params("mlp", seed=2)},
+            r"params: expected TTTLinearParams for ttt_linear, got TTTMLPParams",
+        ),
+        (
+            lambda: {"params": make_params("linear", num_heads=3)},
+            r"params.w1: expected shape \(2, 4, 4\) .* got \(3, 4, 4\)",
+        ),
+        (lambda: {"state": 3}, r"state: expected the TTTState .* got int"),
+        (
+            lambda: {"state": ttt_jax.init_state(make_params("linear"), 3)},
+            r"state.weights: expected shapes .* Does it belong",
+        ),
+        (lambda: {"implementation": "cuda"}, r"implementation: expected one of .* got 'cuda'"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes())
+
+
+def test_unsupported_implementations_say_why_and_the_next_is_tried():
+    with pytest.raises(NotImplementedError, match="pallas: the GPU kernels cover"):
+        call(implementation="pallas")
+    out, _ = call(implementation=("pallas", "scan"))
+    assert jnp.array_equal(out, call(implementation="scan")[0])
+    with pytest.raises(NotImplementedError, match="reports no losses"):
+        ttt_jax.ttt_loss(make_params("linear"), *make_tokens(C), mini_batch_size=C, implementation="reference")
+
+
+def test_a_row_with_nothing_to_read_costs_nothing():
+    out, state = call(**dict(zip(("q", "k", "v", "lr"), make_tokens(0), strict=True)))
+    assert out.shape == (2, 0, 2, 4)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, state, ttt_jax.init_state(make_params("linear"), 2)))
+
+
+def test_init_state_is_per_row_and_float32():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params("mlp"))
+    state = ttt_jax.init_state(params, 3)
+    assert {x.shape[0] for x in jax.tree.leaves(state)} == {3}
+    assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    with pytest.raises(ValueError, match="batch_size: expected an int >= 0, got -1"):
+        ttt_jax.init_state(params, -1)
