@@ -15,6 +15,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: config, me
 
 def main(argv: list[str]) -> None:
     """Runs the experiment that the flags name."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes at INFO.
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     # Imported late so that `--help` and wrong flags answer at once.
@@ -27,6 +29,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax tells every file it writes at INFO.
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

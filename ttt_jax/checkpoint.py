@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
@@ -15,8 +15,6 @@ from ttt_jax.models.moshi import MoshiConfig
 PARAMS = "params"
 CHECKPOINTS = "checkpoints"
 MODELS = {"moshi": MoshiConfig}
-
-T = TypeVar("T")
 
 
 def model_metadata(config: Any) -> dict[str, Any]:
@@ -64,9 +62,24 @@ def load(directory: str | pathlib.Path) -> tuple[Any, Any]:
         if not paths:
             raise FileNotFoundError(f"{directory} holds no finished checkpoint yet; run train.py until it saves one.")
         return first_readable(paths, _load_model)[1]
-    if not ocp.is_orbax_checkpoint(directory):
+    if not (directory / PARAMS).is_dir():
         raise FileNotFoundError(f"{directory} is neither a workdir of train.py nor a checkpoint.")
     return first_readable([directory], _load_model)[1]
+
+
+def read_metadata(path: pathlib.Path) -> tuple[Any, Any]:
+    """The model's config and the shapes and dtypes of its parameters, as one checkpoint's metadata tells them.
+
+    Raises:
+        ValueError: The metadata is damaged, or was not written by this library.
+    """
+    metadata = ocp.checkpointables_metadata(path)
+    saved = metadata.custom_metadata
+    if not isinstance(saved, dict) or saved.get("model") not in MODELS:
+        raise ValueError(f"{path}: its metadata names none of the models {list(MODELS)}.")
+    if metadata.metadata[PARAMS] is None:
+        raise ValueError(f"{path}: the metadata of its parameters cannot be read.")
+    return from_mapping(MODELS[saved["model"]], saved["config"], f"{path.name}.config"), metadata.metadata[PARAMS]
 
 
 def step_directories(root: pathlib.Path) -> list[pathlib.Path]:
@@ -74,7 +87,7 @@ def step_directories(root: pathlib.Path) -> list[pathlib.Path]:
     return sorted((path for path in root.iterdir() if path.name.isdecimal()), key=lambda p: int(p.name), reverse=True)
 
 
-def first_readable(paths: Iterable[pathlib.Path], read: Callable[[pathlib.Path], T]) -> tuple[pathlib.Path, T]:
+def first_readable[T](paths: Iterable[pathlib.Path], read: Callable[[pathlib.Path], T]) -> tuple[pathlib.Path, T]:
     """Reads the first checkpoint that can be read, and warns of each that cannot.
 
     Raises:
@@ -99,11 +112,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _load_model(path: pathlib.Path) -> tuple[Any, Any]:
-    metadata = ocp.checkpointables_metadata(path)
-    saved = metadata.custom_metadata
-    config = from_mapping(MODELS[saved["model"]], saved["config"], f"{path.name}.config")
+    config, shapes = read_metadata(path)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata.metadata[PARAMS]
-    )
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
     return config, ocp.load(path, abstract, checkpointable_name=PARAMS)

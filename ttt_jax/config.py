@@ -8,24 +8,23 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
-def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "config") -> T:
+def from_mapping[T](cls: type[T], mapping: Mapping[str, Any], path: str = "config") -> T:
     """Builds dataclass `cls` from `mapping`, nested dataclasses included.
 
     Missing keys take the dataclass' defaults. Ints are accepted for floats, lists for tuples, mappings for dataclasses.
 
     Args:
-        cls: A dataclass whose annotations are made of bool, int, float, str, None, Literal, tuple, unions and dataclasses.
+        cls: A dataclass whose annotations are made of bool, int, float, str, None, Literal, tuple, unions
+            and dataclasses.
         mapping: Field name -> value.
         path: Dotted name of `mapping`, used in errors.
 
     Raises:
-        ValueError: An unknown key (the nearest known one is suggested), a missing one, or a value that the dataclass' own
-            validation refuses; each names the full dotted path.
+        ValueError: An unknown key (the nearest known one is suggested), a missing one, or a value that the dataclass'
+            own validation refuses; each names the full dotted path.
         TypeError: A value of a wrong type; names the path, the expected type and what came.
     """
     if not isinstance(mapping, Mapping):
@@ -94,7 +93,8 @@ def _convert_tuple(hint: Any, value: list | tuple, path: str) -> tuple:
         elements = (elements[0],) * len(value)
     if len(elements) != len(value):
         raise ValueError(f"{path}: expected {len(elements)} values, got {len(value)}: {value!r}.")
-    return tuple(_convert(element, item, f"{path}[{i}]") for i, (element, item) in enumerate(zip(elements, value, strict=True)))
+    numbered = enumerate(zip(elements, value, strict=True))
+    return tuple(_convert(element, item, f"{path}[{i}]") for i, (element, item) in numbered)
 
 
 def _describe(hint: Any) -> str:

@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 
-from ttt_jax.checkpoint import CHECKPOINTS, PARAMS, first_readable, model_metadata, step_directories
+from ttt_jax.checkpoint import CHECKPOINTS, PARAMS, first_readable, model_metadata, read_metadata, step_directories
 from ttt_jax.training.config import CheckpointConfig, ExperimentConfig
 from ttt_jax.training.step import TrainState, all_finite
 
@@ -46,11 +46,14 @@ def restore_latest(workdir: pathlib.Path, abstract: TrainState) -> TrainState | 
 
 
 def _read(path: pathlib.Path, abstract: TrainState) -> TrainState:
+    read_metadata(path)  # What can be resumed can be loaded as a model too.
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     progress = {"step": placed.step, "optimizer": placed.optimizer}
-    loaded = ocp.load_checkpointables(path, {PARAMS: placed.params, PROGRESS: progress})
-    state = TrainState(loaded[PROGRESS]["step"], loaded[PARAMS], loaded[PROGRESS]["optimizer"])
+    # One after the other: when one of several fails, Orbax leaves the others' coroutines unawaited.
+    params = ocp.load(path, placed.params, checkpointable_name=PARAMS)
+    progress = ocp.load(path, progress, checkpointable_name=PROGRESS)
+    state = TrainState(progress["step"], params, progress["optimizer"])
     if int(state.step) != int(path.name):
         raise ValueError(f"{path} holds step {int(state.step)}.")
     return state

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ttt_jax.config import from_mapping
-from ttt_jax.data import TokenInfo
+from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import MoshiConfig
 
 RESUMABLE = ("checkpoint", "log", "validation")
@@ -143,7 +143,7 @@ class ExperimentConfig:
     """A whole training run; with the dataset it determines the trained parameters."""
 
     data: DataConfig
-    model: MoshiConfig = MoshiConfig()
+    model: MoshiConfig = dataclasses.field(default_factory=MoshiConfig)
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
@@ -170,6 +170,7 @@ def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:
         "card": info.card,
         "text_card": info.text_card,
         "existing_text_padding_id": info.text_padding_id,
+        "existing_text_end_padding_id": info.end_of_padding_id,
     }
     for name, value in vocabulary.items():
         if name in model and model[name] != value:

@@ -1,12 +1,13 @@
 """From a plain config mapping and a directory to a trained model."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from ttt_jax.config import from_mapping
-from ttt_jax.data import TokenDataset, batches, open_dataset
+from ttt_jax.data.reader import batches, open_dataset
 from ttt_jax.training.config import ExperimentConfig, claim_workdir, with_vocabulary
 from ttt_jax.training.loop import train
 
@@ -30,26 +31,12 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path) -> tuple[int, int]:
     """
     # Before the data, so that a typo is told even without a dataset.
     config = from_mapping(ExperimentConfig, mapping)
-    training = _open(config.data.directory, "train")
-    validation = _open(config.data.directory, "validation")
+    training = open_dataset(config.data.directory, "train")
     model = with_vocabulary(mapping.get("model", {}), training.info)
     config = dataclasses.replace(config, model=model)
     claim_workdir(workdir, config)
-    shape = {"batch_size": config.data.batch_size, "num_frames": config.data.num_frames}
-    done = train(
-        config,
-        workdir,
-        batches(training, seed=config.seed, **shape),
-        batches(validation, seed=VALIDATION_SEED, **shape),
-    )
-    return done, config.optimizer.steps
-
-
-def _open(directory: str, split: str) -> TokenDataset:
-    if not pathlib.Path(directory).is_dir():
-        raise FileNotFoundError(
-            f"config.data.directory: no dataset in {directory!r}. Make one with\n"
-            f"  python -m ttt_jax.data.conversations --hours=4 --seed=0 --output={directory}\n"
-            f"  python -m ttt_jax.data.prepare --audio=FOLDER --output={directory} --codec=codec2"
-        )
-    return open_dataset(directory, split)
+    crops = functools.partial(batches, batch_size=config.data.batch_size, num_frames=config.data.num_frames)
+    validation = None
+    if config.validation.every_steps:
+        validation = crops(open_dataset(config.data.directory, "validation"), seed=VALIDATION_SEED)
+    return train(config, workdir, crops(training, seed=config.seed), validation), config.optimizer.steps

@@ -25,7 +25,7 @@ class Batches(Protocol):
     def __getitem__(self, step: int, /) -> np.ndarray: ...
 
 
-def train(config: ExperimentConfig, workdir: pathlib.Path, training: Batches, validation: Batches) -> int:
+def train(config: ExperimentConfig, workdir: pathlib.Path, training: Batches, validation: Batches | None) -> int:
     """Trains to `config.optimizer.steps` updates, going on from the newest readable checkpoint in `workdir`.
 
     Policy: update i reads batch i - 1 and nothing else but the state, so a killed run that is started again ends with
@@ -35,7 +35,8 @@ def train(config: ExperimentConfig, workdir: pathlib.Path, training: Batches, va
         config: The experiment.
         workdir: Gets `checkpoints/` and `metrics.jsonl`.
         training: Batches to train on.
-        validation: Batches whose first `config.validation.num_batches` are scored.
+        validation: Batches whose first `config.validation.num_batches` are scored; None where the config asks for no
+            validation.
 
     Returns:
         The updates done: fewer than asked for after SIGTERM or SIGINT, which save and stop.

@@ -1,4 +1,4 @@
-"""The run's metrics.jsonl: one JSON object per line, in step order, with no step twice and none missing after a kill."""
+"""The run's metrics.jsonl: one JSON object per line, in step order, none twice or missing after a kill."""
 
 import json
 import os

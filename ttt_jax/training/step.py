@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Learning rate of each update: linear to the peak at update `warmup_steps`, cosine to the end at update `steps`."""
+    """Learning rate of each update: linear to the peak at `warmup_steps` updates, cosine to the end at `steps`."""
     peak = config.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -84,6 +84,7 @@ def loss(config: ExperimentConfig, params: dict, codes: jax.Array) -> tuple[jax.
         codes,
         first_codebook_weight=config.loss.first_codebook_weight,
         text_padding_weight=config.loss.text_padding_weight,
+        text_padding_ids=config.model.text_padding_ids,
     )
     return losses.total, {"loss": losses.total, "text": losses.text_nll, "audio": losses.audio_nll}
 

@@ -1,0 +1,86 @@
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from ttt_jax.config import from_mapping
+from ttt_jax.data.tokens import TokenInfo
+from ttt_jax.training.config import ExperimentConfig, claim_workdir, with_vocabulary
+from ttt_jax.training.experiment import run
+
+INFO = TokenInfo("codec2", 12.5, 8000, num_codebooks=8, card=512, text_card=300)
+
+
+def make(**sections) -> ExperimentConfig:
+    return from_mapping(ExperimentConfig, {"data": {"directory": "somewhere"}, **sections})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optimizer": {"lerning_rate": 1.0}}, r"config\.optimizer\.lerning_rate: .*`learning_rate`"),
+        ({"optimizer": {"steps": -1}}, r"config\.optimizer: steps: expected at least 1, got -1"),
+        ({"optimizer": {"steps": 10, "warmup_steps": 10}}, r"warmup_steps: expected 0 <= warmup_steps < 10, got 10"),
+        ({"optimizer": {"learning_rate": float("nan")}}, r"learning_rate: expected more than 0, got nan"),
+        ({"model": {"ttt": {"layers": (1,), "mini_batch_size": 0}}}, r"config\.model\.ttt: .*mini_batch_size"),
+        ({"model": {"dim": 65, "num_heads": 2}}, r"config\.model: .*num_heads"),
+        ({"model": {"ttt": {"layer": (1,)}}}, r"config\.model\.ttt\.layer: .*`layers`"),
+        ({"data": {"directory": "x", "num_frames": 0}}, r"config\.data: num_frames: expected at least 2 frames, got 0"),
+        ({"checkpoint": {"keep": 1}}, r"keep: expected at least 2"),
+        ({"modle": {}}, r"config\.modle: .*`model`"),
+        ({"seed": -1}, r"config: seed: expected a non-negative"),
+    ],
+)
+def test_a_bad_field_is_named(sections, message):
+    with pytest.raises(ValueError, match=message):
+        make(**sections)
+
+
+def test_a_wrong_type_is_named():
+    with pytest.raises(TypeError, match=r"config\.optimizer\.steps: expected int, got '100' \(str\)"):
+        make(optimizer={"steps": "100"})
+
+
+def test_the_vocabulary_comes_from_the_dataset():
+    model = with_vocabulary({"dim": 64, "num_heads": 2, "text_card": 300}, INFO)
+    assert (model.n_q, model.dep_q, model.card, model.text_card) == (16, 8, 512, 300)
+    with pytest.raises(ValueError, match=r"config\.model\.card: the dataset has 512, the config says 2048"):
+        with_vocabulary({"card": 2048}, INFO)
+
+
+def test_a_workdir_belongs_to_one_experiment(tmp_path):
+    config = make()
+    claim_workdir(tmp_path, config)
+    logging_only = make(log={"every_steps": 3}, checkpoint={"keep": 7})
+    claim_workdir(tmp_path, logging_only)
+    assert json.loads((tmp_path / "config.json").read_text())["checkpoint"]["keep"] == 7
+    other = make(optimizer={"learning_rate": 0.5}, model={"ttt": {"layers": (1,)}})
+    with pytest.raises(ValueError, match="made by another config") as error:
+        claim_workdir(tmp_path, other)
+    assert "optimizer.learning_rate: 0.001 -> 0.5" in str(error.value)
+    assert "model.ttt: None -> {'layers': [1]" in str(error.value)
+    assert "checkpoint" not in str(error.value).split("Use a new")[0]
+    claim_workdir(tmp_path, dataclasses.replace(config))
+
+
+def test_a_missing_dataset_names_the_command_and_writes_nothing(tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match=r"python -m ttt_jax\.data\.prepare"):
+        run({"data": {"directory": str(tmp_path / "nowhere")}}, workdir)
+    assert not workdir.exists()
+
+
+def test_every_shipped_config_is_valid():
+    root = pathlib.Path(__file__).parents[2] / "configs"
+    paths = sorted(root.glob("*.py"))
+    assert paths
+    for path in paths:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        mapping = module.get_config().to_dict()
+        config = from_mapping(ExperimentConfig, mapping)
+        assert with_vocabulary(mapping["model"], INFO).dim == config.model.dim
+        assert "--config=configs/" + path.name in module.__doc__

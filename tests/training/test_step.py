@@ -1,0 +1,120 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ttt_jax.config import from_mapping
+from ttt_jax.training.config import ExperimentConfig, OptimizerConfig
+from ttt_jax.training.step import (
+    all_finite,
+    decay_mask,
+    diagnostics,
+    init_state,
+    learning_rate_schedule,
+    loss,
+    make_optimizer,
+    train_step,
+)
+
+CODES = np.random.default_rng(0).integers(0, 20, (2, 5, 10)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def config() -> ExperimentConfig:
+    model = {
+        **{"dim": 16, "num_layers": 1, "num_heads": 2, "context": 4, "hidden_scale": 3.0},
+        **{"n_q": 4, "dep_q": 2, "card": 20, "text_card": 20, "delays": (0, 0, 1, 0, 1)},
+        **{"depformer_dim": 8, "depformer_num_layers": 1, "depformer_num_heads": 2, "depformer_dim_feedforward": None},
+        "ttt": {"layers": (0,), "kind": "mlp", "mini_batch_size": 4},
+    }
+    return from_mapping(
+        ExperimentConfig,
+        {
+            "data": {"directory": "", "num_frames": 10, "batch_size": 2},
+            "model": model,
+            "optimizer": {"learning_rate": 1e-2, "steps": 30, "warmup_steps": 2},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def state(config):
+    return jax.jit(lambda: init_state(config))()
+
+
+def test_the_learning_rate_rises_linearly_and_falls_by_a_cosine():
+    rate = learning_rate_schedule(OptimizerConfig(2.0, steps=14, warmup_steps=4, final_learning_rate_fraction=0.1))
+    got = [float(rate(update)) for update in range(14)]
+    np.testing.assert_allclose(got[:4], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(got[8], 0.5 * (2.0 + 0.2), rtol=1e-6)
+    np.testing.assert_allclose(got[-1], 0.2, rtol=1e-5)
+    flat = learning_rate_schedule(OptimizerConfig(2.0, steps=4, warmup_steps=0))
+    assert 1.5 < float(flat(0)) < 2.0
+
+
+def test_norms_biases_gates_and_the_inner_biases_are_not_decayed(state):
+    shapes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state.params)}
+    flags = {jax.tree_util.keystr(path): flag for path, flag in jax.tree.leaves_with_path(decay_mask(state.params))}
+    decayed = [name for name, flag in flags.items() if flag]
+    kept = [name for name, flag in flags.items() if not flag]
+    assert not any(len(shapes[name]) == 1 for name in decayed)
+    for part in ("norm1", "norm2", "norm_ttt", "out_norm", "gate'", "b1'", "b2'", "ln_scale'", "ln_bias'"):
+        assert any(part in name for name in kept), part
+        assert not any(part in name for name in decayed), part
+    for part in ("'emb'", "in_proj", "text_linear", "w1'", "w2'", "wo"):
+        assert any(part in name for name in decayed), part
+
+
+def test_weight_decay_follows_the_mask(config, state):
+    optimizer = make_optimizer(config.optimizer)
+    zero = jax.tree.map(jnp.zeros_like, state.params)
+    updates, _ = optimizer.update(zero, state.optimizer, state.params)
+    rate = learning_rate_schedule(config.optimizer)(0)
+    expected = jax.tree.map(
+        lambda param, decayed: -rate * config.optimizer.weight_decay * decayed * param,
+        state.params,
+        decay_mask(state.params),
+    )
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-9), updates, expected)
+
+
+def test_training_lowers_the_loss_and_evaluation_in_between_changes_nothing(config, state):
+    update = jax.jit(lambda state, codes: train_step(config, state, codes))
+    evaluate = jax.jit(lambda params, codes: loss(config, params, codes)[1])
+    diagnose = jax.jit(lambda params, codes: diagnostics(config, params, codes))
+    alone, watched = state, state
+    losses = []
+    for _ in range(20):
+        alone, metrics = update(alone, CODES)
+        losses.append(float(metrics["loss"]))
+        before = jax.tree.map(np.array, watched)
+        evaluate(watched.params, CODES[:, :, ::-1])
+        sown = diagnose(watched.params, CODES)
+        jax.tree.map(np.testing.assert_array_equal, watched, before)
+        watched, _ = update(watched, CODES)
+    jax.tree.map(np.testing.assert_array_equal, alone, watched)
+    assert int(alone.step) == 20
+    assert losses[-1] < losses[0] - 0.5
+    assert all(np.isfinite(value) for value in sown.values())
+    assert sown["layers_0/gate_size"] > 0
+
+
+def test_after_one_update_every_parameter_gets_a_gradient(config, state):
+    state, _ = jax.jit(lambda state, codes: train_step(config, state, codes))(state, CODES)
+    gradients = jax.grad(lambda params: loss(config, params, CODES)[0])(state.params)
+    for path, gradient in jax.tree.leaves_with_path(gradients):
+        assert np.any(gradient != 0), jax.tree_util.keystr(path)
+
+
+def test_the_loss_weights_reach_the_loss(config, state):
+    heavier = from_mapping(ExperimentConfig, {**vars(config), "loss": {"first_codebook_weight": 50.0}})
+    light, _ = loss(config, state.params, CODES)
+    heavy, metrics = loss(heavier, state.params, CODES)
+    assert light != heavy
+    assert metrics["audio"].shape == (2,)
+
+
+def test_all_finite_sees_one_bad_number(state):
+    assert all_finite(state)
+    broken = state.params | {"text_linear": state.params["text_linear"].at[0, 0].set(np.inf)}
+    assert not all_finite(state._replace(params=broken))
