@@ -12,7 +12,7 @@ BLOCK_SECONDS = 30.0
 
 
 class BadRecordingError(Exception):
-    """This recording cannot be used; the message says why in a few words."""
+    """A recording that cannot be used; the message says why in a few words."""
 
 
 def num_channels(path: pathlib.Path) -> int:

@@ -43,12 +43,12 @@ class Codec2:
         return Codec2Encoder()
 
     def encode(self, wav: np.ndarray) -> np.ndarray:
-        """float [S] in [-1, 1] at 8 kHz -> int32 [8, ceil(S / 640)]; the last frame is padded with silence."""
+        """Encode float [S] in [-1, 1] at 8 kHz -> int32 [8, ceil(S / 640)]; the last frame is padded with silence."""
         encoder = self.encoder()
         return np.concatenate([encoder.push(wav), encoder.finish()], axis=1)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """int [8, T] -> float32 [640 T] at 8 kHz; frames with a -1 are silent."""
+        """Decode int [8, T] -> float32 [640 T] at 8 kHz; frames with a -1 are silent."""
         codes = np.asarray(codes)
         limits = np.tile(_MASKS.astype(np.int64), _SUBFRAMES)[:, None]
         if codes.ndim != 2 or codes.shape[0] != self.num_codebooks or not np.issubdtype(codes.dtype, np.integer):
@@ -72,7 +72,7 @@ class Codec2Encoder:
         self._pending = np.zeros(0, np.int16)
 
     def push(self, wav: np.ndarray) -> np.ndarray:
-        """float [S] in [-1, 1] -> int32 [8, t]: the whole frames that are complete by now."""
+        """Take float [S] in [-1, 1] and return int32 [8, t]: the whole frames that are complete by now."""
         wav = np.asarray(wav)
         if wav.ndim != 1:
             raise ValueError(f"wav: expected one channel of shape [samples], got {wav.shape}")

@@ -2,8 +2,8 @@
 
     python -m ttt_jax.data.conversations --hours=8 --seed=0 --output=DIR
 
-Each recording follows from (seed, index) alone, whatever the number of workers. Exit codes: 0 done, 1 an error, 2 wrong
-flags. A rerun of the same command resumes.
+Each recording follows from (seed, index) alone, whatever the number of workers. Exit codes: 0 done, 1 an
+error. A rerun of the same command resumes.
 """
 
 import os
@@ -16,6 +16,7 @@ import soxr
 from absl import app, flags
 
 from ttt_jax.data import dialogue, pipeline, text
+from ttt_jax.data.codecs import Codec2
 from ttt_jax.data.speech import espeak
 
 _HOURS = flags.DEFINE_float("hours", 8.0, "Hours of conversation, in all splits together.", lower_bound=0.0)
@@ -38,28 +39,31 @@ class Conversation:
         self.wav = wav
         self.id = plan.name
         self.version = f"{plan.minutes}"
+        self.cost = plan.minutes
 
-    def read(self, sample_rate_hz: int) -> pipeline.Speech:
+    def read(self, codec: Codec2) -> pipeline.Speech:
+        """Synthesize it block by block."""
         script = dialogue.write(self.plan)
-        recorder = _Recorder(script, sample_rate_hz)
+        recorder = _Recorder(script, codec)
         blocks = recorder.blocks()
         if self.wav is not None:
-            blocks = _keep(blocks, self.wav, sample_rate_hz)
+            blocks = _keep(blocks, self.wav, codec.sample_rate_hz)
         return pipeline.Speech(blocks, lambda: recorder.words["main"], recorder.metadata)
 
 
 class _Recorder:
     """Speaks a script turn by turn, each speaker in a channel of its own, and notes when everything was said."""
 
-    def __init__(self, script: dialogue.Script, sample_rate_hz: int):
+    def __init__(self, script: dialogue.Script, codec: Codec2):
         self.script = script
-        self.rate = sample_rate_hz
+        self.rate = codec.sample_rate_hz
+        self.frame_rate = codec.frame_rate_hz
         self.words: dict[str, list[text.Word]] = {"main": [], "other": []}
         self.spoken: list[dict] = []
         self.samples = 0
 
     def blocks(self):
-        """Float32 [2, samples]: a turn and the pause behind it; the channel of who does not speak is digital silence."""
+        """Float32 [2, samples], a turn and its pause each; who does not speak is digitally silent."""
         for turn in self.script.turns:
             channel = dialogue.SPEAKERS.index(turn.speaker)
             utterance = espeak().say(turn.words, self.script.voices[turn.speaker])
@@ -76,7 +80,9 @@ class _Recorder:
         self.words[turn.speaker] += [text.Word(w, float(a), float(b)) for w, (a, b) in zip(bare, spans, strict=True)]
         for mark in turn.marks:
             start, end = float(spans[mark.first, 0]), float(spans[mark.last, 1])
-            self.spoken.append({**mark.label, "speaker": turn.speaker, "start_s": start, "end_s": end})
+            frames = {"start_frame": int(start * self.frame_rate), "end_frame": int(end * self.frame_rate) + 1}
+            times = {"start_s": start, "end_s": end, **frames}
+            self.spoken.append({**mark.label, "speaker": turn.speaker, **times})
 
     def metadata(self) -> dict:
         return {**self.script.metadata, "spoken": self.spoken, "duration_s": self.samples / self.rate}
@@ -128,6 +134,7 @@ def make(
 
 
 def main(argv: list[str]) -> None:
+    """Run the program."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:

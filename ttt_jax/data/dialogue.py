@@ -23,7 +23,7 @@ PITCHES = (35, 45, 55, 65)
 PAUSES_S = (0.24, 0.4)
 _HELD_OUT_EVERY = 5  # every fifth value of a list is a fact of test recordings only, and fills no slot anywhere
 _NUM_DISTRACTORS = 9
-_SECONDS_PER_LETTER = 0.062  # spaces count; at 175 words per minute, measured
+_SECONDS_PER_LETTER = 0.0555  # of text, spaces counted, at 175 words per minute; measured
 _ZIPF_EXPONENT = 1.1
 _FILLER_PROBABILITY = 0.3
 _FACTS_PER_MINUTE = 0.5
@@ -41,6 +41,7 @@ class Outline:
 
     @property
     def name(self) -> str:
+        """The recording's id."""
         return f"conversation-{self.seed}-{self.index:05d}"
 
 

@@ -4,10 +4,12 @@ Resume: each recording's tokens go to OUTPUT/.work as soon as they exist; the da
 OUTPUT, tokens.json last, so a directory without tokens.json is unfinished and `open_dataset` refuses it.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -20,10 +22,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import sentencepiece
 import tqdm
+from absl import logging
 
 from ttt_jax.data import text, tokens
 from ttt_jax.data.audio import BadRecordingError
-from ttt_jax.data.codecs import encode_blocks, get_codec
+from ttt_jax.data.codecs import Codec2, encode_blocks, get_codec
 
 BUILD_FILE = "build.json"
 RESULT_FILE = "skipped.json"
@@ -48,17 +51,21 @@ class Speech(NamedTuple):
 
 
 class Source(Protocol):
-    """One recording to be tokenized; picklable, and read in a fresh process of its own."""
+    """One recording to be tokenized; picklable, and read in a fresh process of its own.
 
-    @property
-    def id(self) -> str: ...
+    Attributes:
+        id: unique, the recording's id in the dataset.
+        version: changes whenever the recording's content may have.
+        cost: grows with the work it takes; the costliest are begun first.
+    """
 
-    @property
-    def version(self) -> str:
-        """Changes whenever the recording's content may have."""
+    id: str
+    version: str
+    cost: float
+
+    def read(self, codec: Codec2) -> Speech:
+        """Begin reading; BadRecordingError, here or from the blocks, skips the recording."""
         ...
-
-    def read(self, sample_rate_hz: int) -> Speech: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +130,8 @@ def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], d
         write_atomically(plan.output / RESULT_FILE, json.dumps({"inputs": inputs, "skipped": skipped}, indent=1) + "\n")
         os.replace(work / tokens.INFO_FILE, plan.output / tokens.INFO_FILE)
     shutil.rmtree(work)
+    total = {split: len(paths) for split, paths in records.items() if paths}
+    print(f"{plan.output}: {', '.join(f'{count} {split}' for split, count in total.items())} recordings")
     return skipped
 
 
@@ -163,21 +172,15 @@ def _claim(plan: Plan) -> None:
         )
 
 
-class _only_builder:  # noqa: N801
+@contextlib.contextmanager
+def _only_builder(work: pathlib.Path) -> Iterator[None]:
     """Hold a directory's lock for as long as this process builds in it."""
-
-    def __init__(self, work: pathlib.Path):
-        self._path = work / "lock"
-
-    def __enter__(self):
-        self._file = self._path.open("w")
+    with (work / "lock").open("w") as file:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RuntimeError(f"another process is building in {self._path.parent}; wait for it") from error
-
-    def __exit__(self, *_):
-        self._file.close()
+            raise RuntimeError(f"another process is building in {work}; wait for it to end") from error
+        yield
 
 
 def _tokenize_all(
@@ -187,7 +190,7 @@ def _tokenize_all(
     paths = {s.id: work / f"{_digest(s.id, s.version, plan.codec)}.npz" for s in sources}
     if len(paths) != len(sources):
         raise ValueError("sources: expected unique ids")
-    todo = [s for s in sources if not paths[s.id].exists()]
+    todo = sorted((s for s in sources if not paths[s.id].exists()), key=lambda s: -s.cost)
     tasks = [(source.id, _tokenize, (source, plan.codec, paths[source.id])) for source in todo]
     with tqdm.tqdm(total=len(sources), initial=len(sources) - len(tasks), unit="recording", desc="tokenizing") as bar:
         for _ in run_in_fresh_processes(tasks, plan.workers):
@@ -234,7 +237,7 @@ def _tokenize(source: Source, codec_name: str, path: pathlib.Path) -> None:
     """Tokenize one recording into the cache, or leave the reason why it cannot be."""
     codec = get_codec(codec_name)
     try:
-        speech = source.read(codec.sample_rate_hz)
+        speech = source.read(codec)
         codes = encode_blocks(speech.blocks, codec)
         words = speech.words()
         metadata = speech.metadata()
@@ -330,7 +333,11 @@ def _assemble(
         num_streams=info.num_streams,
         data_dir=str(root),
     )
-    builder.download_and_prepare()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints about downloads; there are none
+        builder.download_and_prepare()
+    logging.set_verbosity(verbosity)
     written = pathlib.Path(builder.data_path)
     stored = load_builder(written)
     num_frames = {split: [len(r["codes"]) for r in stored.as_data_source(split)] for split in stored.info.splits}

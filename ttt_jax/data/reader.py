@@ -44,7 +44,7 @@ class TokenDataset:
         return Recording(name, codes, json.loads(record["metadata"].decode()))
 
     def codes(self, index: int) -> np.ndarray:
-        """`self[index].codes`, kept in memory while a gibibyte lasts: crops touch the same recordings again and again."""
+        """`self[index].codes`, kept in memory while a gibibyte lasts: crops come back to them."""
         codes = self._cache.get(index)
         if codes is None:
             codes = self[index].codes
@@ -75,8 +75,8 @@ def open_dataset(directory: str | pathlib.Path, split: str) -> TokenDataset:
     source = load_builder(directory).as_data_source(split)
     if len(source) != len(num_frames[split]):
         raise ValueError(
-            f"{directory / INFO_FILE} lists {len(num_frames[split])} {split} recordings, the dataset holds {len(source)}; "
-            "its files do not belong together: make the dataset again"
+            f"{directory / INFO_FILE} lists {len(num_frames[split])} {split} recordings, "
+            f"the dataset holds {len(source)}; its files do not belong together: make the dataset again"
         )
     return TokenDataset(source, info, num_frames[split])
 

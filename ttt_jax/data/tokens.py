@@ -52,6 +52,7 @@ class TokenInfo:
 
     @property
     def num_streams(self) -> int:
+        """Streams per recording: text and both speakers' codebooks."""
         return 1 + 2 * self.num_codebooks
 
     def cards(self) -> np.ndarray:
