@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.layers.dtypes import wide_dtype
 from ttt_jax.layers.rope import RotaryEmbedding, rotate
 
 Kind = Literal["window", "segment"]
@@ -112,7 +113,7 @@ def _causal_attention(kind: Kind, name: str, size: int, q, k, v, rope, cache, le
         return q, cache
     if length is not None:
         length = jnp.clip(length, 0, frames).astype(jnp.int32)
-        real = (jnp.arange(frames)[None] < length[:, None])[:, :, None, None]
+        real = (_count(frames)[None] < length[:, None])[:, :, None, None]
         q, k, v = (jnp.where(real, x, jnp.zeros((), x.dtype)) for x in (q, k, v))
     attend = _attend_whole if frames <= 2 * size else _attend_in_blocks
     out = attend(kind, size, q, k, v, rope, None if fresh else cache, cache.position)
@@ -123,11 +124,11 @@ def _causal_attention(kind: Kind, name: str, size: int, q, k, v, rope, cache, le
 
 def _attend_whole(kind, size, q, k, v, rope, cache, start):
     """All queries at once against the ring and against the call's own keys, positions relative to the call's start."""
-    frames = jnp.arange(q.shape[1])
+    frames = _count(q.shape[1])
     at = start[:, None] + frames[None]
     sets = [_KeySet(_rotated(rope, k, frames), v, _visible(kind, size, at, at))]
     if cache is not None:
-        slot = jnp.arange(size)[None]
+        slot = _count(size)[None]
         held = start[:, None] - 1 - (start[:, None] - 1 - slot) % size
         values = jnp.where((held >= 0)[:, :, None, None], cache.values, jnp.zeros((), cache.values.dtype))
         keys = jnp.where((held >= 0)[:, :, None, None], cache.keys, jnp.zeros((), cache.keys.dtype))
@@ -145,13 +146,13 @@ def _attend_in_blocks(kind, size, q, k, v, rope, cache, start):
     num_blocks = -(-frames // size)
     padding = ((0, 0), (0, num_blocks * size - frames), (0, 0), (0, 0))
     blocks = [jnp.pad(x, padding).reshape(batch, num_blocks, size, *x.shape[2:]) for x in (q, k, v)]
-    inside = jnp.arange(size)
+    inside = _count(size)
     at = start[:, None] + inside[None]
     own = _KeySet(_rotated(rope, blocks[1], inside), blocks[2], _visible(kind, size, at, at)[:, None])
     sets = [own]
     if not (kind == "segment" and cache is None):  # a fresh start aligns blocks with segments
         before = [_previous_blocks(x, ring) for x, ring in zip(blocks[1:], _unrolled(cache, k, v, size), strict=True)]
-        block_start = start[:, None] + size * jnp.arange(num_blocks)[None]
+        block_start = start[:, None] + size * _count(num_blocks)[None]
         exists = block_start[:, :, None] - size + inside[None, None] >= 0
         visible = _window_or_segment(kind, size, at, at - size)[:, None] & exists[:, :, None, :]
         sets.append(_KeySet(_rotated(rope, before[0], inside - size), before[1], visible))
@@ -163,8 +164,8 @@ def _unrolled(cache: AttentionCache | None, k, v, size: int):
     """The ring's keys and values oldest first: each `[B, size, H, D]`, zeros where there are none."""
     if cache is None:
         return [jnp.zeros((x.shape[0], size, *x.shape[2:]), x.dtype) for x in (k, v)]
-    slot = (cache.position[:, None] + jnp.arange(size)[None]) % size
-    held = cache.position[:, None] - size + jnp.arange(size)[None] >= 0
+    slot = (cache.position[:, None] + _count(size)[None]) % size
+    held = cache.position[:, None] - size + _count(size)[None] >= 0
     rings = (jnp.take_along_axis(ring, slot[:, :, None, None], axis=1) for ring in (cache.keys, cache.values))
     return [jnp.where(held[:, :, None, None], ring, jnp.zeros((), ring.dtype)) for ring in rings]
 
@@ -179,7 +180,7 @@ def _push(cache: AttentionCache, k, v, length) -> AttentionCache:
     batch, frames = k.shape[:2]
     size = cache.keys.shape[1]
     real = jnp.full(batch, frames, jnp.int32) if length is None else length
-    frame = jnp.arange(frames)[None]
+    frame = _count(frames)[None]
     kept = (frame < real[:, None]) & (frame >= real[:, None] - size)
     slot = jnp.where(kept, (cache.position[:, None] + frame) % size, size)  # slot `size` does not exist: dropped
     rows = jnp.arange(batch)[:, None]
@@ -199,13 +200,17 @@ def _window_or_segment(kind: Kind, size: int, query_at, key_at):
     return (s <= t) & near
 
 
+def _count(n: int):
+    return jnp.arange(n, dtype=jnp.int32)
+
+
 def _rotated(rope: RotaryEmbedding | None, x, positions):
     return x if rope is None else rotate(rope, x, positions)
 
 
 def _softmax_attention(q, sets: list[_KeySet]):
     """One softmax over several key sets, without joining their keys. Leading axes `...` are shared."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = wide_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5
     logits = []
     for keys, _, visible in sets:

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.layers.dtypes import wide_dtype
+
 
 def rms_norm(x: jax.Array, alpha: jax.Array, *, eps: float = 1e-8) -> jax.Array:
     """`x * alpha / sqrt(eps + mean(x^2))` over the last axis (Zhang & Sennrich 2019), in x's dtype.
@@ -13,7 +15,7 @@ def rms_norm(x: jax.Array, alpha: jax.Array, *, eps: float = 1e-8) -> jax.Array:
         alpha: `[width]` scale.
         eps: added to the mean square; Moshi uses 1e-8.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     x32 = x.astype(wide)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     alpha = alpha.astype(wide).reshape((1,) * (x.ndim - 1) + alpha.shape)

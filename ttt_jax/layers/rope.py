@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.layers.dtypes import wide_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class RotaryEmbedding:
@@ -30,7 +32,7 @@ def rotate(rope: RotaryEmbedding, x: jax.Array, positions: jax.Array) -> jax.Arr
     head_dim = x.shape[-1]
     if head_dim % 2:
         raise ValueError(f"x must have an even head dim to rotate pairs, got shape {x.shape}")
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     frequencies = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
     positions = positions.reshape((1,) * (x.ndim - 2 - positions.ndim) + positions.shape)
     angles = positions.astype(wide)[..., None, None] * frequencies.reshape((1,) * (x.ndim - 1) + (-1,))

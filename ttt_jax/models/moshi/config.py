@@ -248,7 +248,7 @@ def check_codes(config: MoshiConfig, codes) -> None:
         raise ValueError(
             f"codes[{row}, {stream}, {position}] = {codes[row, stream, position]} is outside "
             f"[{UNGENERATED_TOKEN}, {config.initial_tokens[stream]}] of stream {stream} ({name}), "
-            f"at position {position}; {len(bad)} such values in all. Was the data prepared with another codec or tokenizer?"
+            f"at position {position}; {len(bad)} such values in all. Was the data made with another codec or tokenizer?"
         )
 
 

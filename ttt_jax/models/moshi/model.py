@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.layers.attention import AttentionCache, init_attention_cache, segment_attention, window_attention
+from ttt_jax.layers.dtypes import wide_dtype
 from ttt_jax.layers.mlp import KERNEL_INIT, GatedMLP, gated_hidden_size
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.layers.rope import RotaryEmbedding
@@ -178,7 +179,7 @@ class Moshi(nn.Module):
             x, layer_state = layer(x, None if state is None else state[i], length, reset)
             states.append(layer_state)
         z = self.out_norm(x)
-        wide = jnp.promote_types(z.dtype, jnp.float32)
+        wide = wide_dtype(z.dtype)
         text_logits = jnp.einsum("btd,dv->btv", z, self.text_linear.astype(z.dtype), preferred_element_type=wide)
         return z, text_logits[:, None], tuple(states)
 
