@@ -1,5 +1,6 @@
 """Published checkpoints to this library's parameter trees."""
 
 from ttt_jax.convert.moshi import moshi_params
+from ttt_jax.convert.ttt_lm import ttt_lm_params
 
-__all__ = ["moshi_params"]
+__all__ = ["moshi_params", "ttt_lm_params"]

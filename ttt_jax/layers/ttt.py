@@ -1,0 +1,414 @@
+"""The TTT layer: projections around the TTT operation, in the two published forms.
+
+`TTTConfig.ttt_lm` is the layer of Sun et al. 2024 (causal, learned token scale, RoPE by position in the mini-batch),
+`TTTConfig.video_dit` that of Dalal et al. 2025 (bidirectional, L2-normalised Q and K, reconstruction target in LayerNorm's
+form). They differ in many small ways; `TTTConfig` names each.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.layers.conv import causal_conv
+from ttt_jax.layers.rope import RotaryEmbedding, rotate
+from ttt_jax.ttt import TTTLinearParams, TTTMLPParams, TTTState, init_state, ttt_linear, ttt_loss, ttt_mlp
+
+Kind = Literal["linear", "mlp"]
+PUBLISHED_BASE_LR = {"linear": 1.0, "mlp": 0.1}
+INIT = nn.initializers.normal(0.02)
+SATURATED = 0.05  # a step-size gate within this of 0 or 1 counts as saturated
+
+
+@dataclasses.dataclass(frozen=True)
+class TTTConfig:
+    """What one TTT layer computes; make it with `ttt_lm` or `video_dit`.
+
+    Attributes:
+      kind: inner model, "linear" or "mlp".
+      width: features of the layer's input and output.
+      num_heads: each with its own inner model of `width / num_heads` features.
+      mini_batch_size: C, tokens per step of the inner loop.
+      base_lr: largest step size, before division by the head dim.
+      rope_theta: of the rotary embedding.
+      causal: whether a token reads only earlier tokens of its mini-batch, and itself.
+      positions: rotate by the position "in_mini_batch" (modulo C) or "in_sequence".
+      shared_qk: Q and K are one projection behind two causal convolutions, and the output is gated (Mamba's backbone).
+      conv_width: tokens that those convolutions see.
+      bias: whether wq, wk, wv, wo have biases.
+      normalize_qk: L2-normalise Q and K per head.
+      layer_norm_target: reconstruct the normalised `V - K` instead of `V - K`.
+      learned_token_scale: `max(0, 1/(i+1) + delta_i)` instead of 1/C.
+      eps: of the inner LayerNorm.
+    """
+
+    kind: Kind
+    width: int
+    num_heads: int
+    mini_batch_size: int
+    base_lr: float
+    rope_theta: float
+    causal: bool
+    positions: Literal["in_mini_batch", "in_sequence"]
+    shared_qk: bool
+    conv_width: int
+    bias: bool
+    normalize_qk: bool
+    layer_norm_target: bool
+    learned_token_scale: bool
+    eps: float
+
+    def __post_init__(self):
+        if self.kind not in PUBLISHED_BASE_LR:
+            raise ValueError(f"kind: expected 'linear' or 'mlp', got {self.kind!r}.")
+        for name in ("width", "num_heads", "mini_batch_size", "conv_width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int >= 1, got {value!r}.")
+        if self.width % self.num_heads or self.head_dim % 2:
+            raise ValueError(
+                f"num_heads: expected heads of an even size (rotary pairs), got width {self.width} in {self.num_heads} heads."
+            )
+        for name in ("base_lr", "rope_theta", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)!r}.")
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.width // self.num_heads
+
+    @classmethod
+    def ttt_lm(
+        cls,
+        kind: Kind,
+        width: int,
+        num_heads: int,
+        *,
+        backbone: Literal["mamba", "base"] = "mamba",
+        mini_batch_size: int = 16,
+        base_lr: float | None = None,
+        rope_theta: float = 1e4,
+        conv_width: int = 4,
+    ) -> "TTTConfig":
+        """The layer of TTT-LM; base_lr None is the published 1.0 (linear) or 0.1 (mlp)."""
+        if backbone not in ("mamba", "base"):
+            raise ValueError(f"backbone: expected 'mamba' or 'base', got {backbone!r}.")
+        return cls(
+            kind=kind,
+            width=width,
+            num_heads=num_heads,
+            mini_batch_size=mini_batch_size,
+            base_lr=PUBLISHED_BASE_LR.get(kind, 1.0) if base_lr is None else base_lr,
+            rope_theta=rope_theta,
+            causal=True,
+            positions="in_mini_batch",
+            shared_qk=backbone == "mamba",
+            conv_width=conv_width,
+            bias=False,
+            normalize_qk=False,
+            layer_norm_target=False,
+            learned_token_scale=True,
+            eps=1e-6,
+        )
+
+    @classmethod
+    def video_dit(
+        cls,
+        kind: Kind,
+        width: int,
+        num_heads: int,
+        *,
+        mini_batch_size: int | None = None,
+        base_lr: float | None = None,
+        rope_theta: float = 1e4,
+        causal: bool = False,
+    ) -> "TTTConfig":
+        """The layer of TTT-Video-DiT; None is the published value: C 16 and 1.0 (linear), C 64 and 0.1 (mlp)."""
+        return cls(
+            kind=kind,
+            width=width,
+            num_heads=num_heads,
+            mini_batch_size={"linear": 16, "mlp": 64}.get(kind, 16) if mini_batch_size is None else mini_batch_size,
+            base_lr=PUBLISHED_BASE_LR.get(kind, 1.0) if base_lr is None else base_lr,
+            rope_theta=rope_theta,
+            causal=causal,
+            positions="in_sequence",
+            shared_qk=False,
+            conv_width=1,
+            bias=True,
+            normalize_qk=True,
+            layer_norm_target=True,
+            learned_token_scale=False,
+            eps=1e-8,
+        )
+
+
+class TTTLayerState(NamedTuple):
+    """What a layer carries between calls; every leaf leads with B."""
+
+    ttt: TTTState
+    conv_inputs: (
+        jax.Array
+    )  # [B, conv_width - 1, width], the convolutions' last real inputs ([B, 0, width] without them)
+    position: jax.Array  # [B] int32, real tokens since the row's start
+
+
+class TTTLayer(nn.Module):
+    """Owns the projections and initial fast weights and calls the TTT operation.
+
+    Attributes:
+      config: see `TTTConfig`.
+      dtype: of activations; the state and the inner loop are float32 (float64 if this is float64).
+      zero_init: start with wo = 0, so that the layer's output is zero until it has been trained.
+    """
+
+    config: TTTConfig
+    dtype: Any = jnp.float32
+    zero_init: bool = False
+
+    def setup(self):
+        """Parameters, by the names of the published layers' parts."""
+        c = self.config
+        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
+
+        def dense(features=c.width, bias=c.bias, dtype=self.dtype, init=INIT):
+            return nn.Dense(features, use_bias=bias, dtype=dtype, param_dtype=param_dtype, kernel_init=init)
+
+        self.wq, self.wv = dense(), dense()
+        if c.shared_qk:
+            self.conv_q, self.conv_k = _Conv(c, param_dtype), _Conv(c, param_dtype)
+            self.wg = dense()
+        else:
+            self.wk = dense()
+        self.wo = dense(init=nn.initializers.zeros if self.zero_init else INIT)
+        self.step_size = dense(c.num_heads, bias=True, dtype=param_dtype)
+        self.post_norm = nn.LayerNorm(epsilon=1e-6, dtype=param_dtype, param_dtype=param_dtype)
+        if c.learned_token_scale:
+            self.token_scale_offset = self.param(
+                "token_scale_offset", nn.initializers.zeros, (c.mini_batch_size,), param_dtype
+            )
+        self.inner = _InnerParams(c, param_dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        state: TTTLayerState | None = None,
+        *,
+        length: jax.Array | None = None,
+        reset: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, TTTLayerState]:
+        """Read a stretch of the sequence; causal layers may be cut anywhere.
+
+        Args:
+          x: [B, T, width] float.
+          state: what the previous call returned; None starts every row afresh.
+          length: [B] int, real tokens of each row; the others return zeros, change nothing, and never matter.
+          reset: [B] bool, rows that start afresh before their first token.
+          positions: [B, T] int, for layers that rotate by position in the sequence; default 0, 1, ... from the row's start.
+
+        Returns:
+          [B, T, width] in `dtype`, and the state after the last real token.
+
+        Raises:
+          ValueError: wrong shapes or dtypes, or positions for a layer that counts its own.
+        """
+        c = self.config
+        self._check(x, state, positions)
+        is_real = None
+        if length is not None:
+            length = jnp.clip(jnp.asarray(length).astype(jnp.int32), 0, x.shape[1])
+            is_real = (jnp.arange(x.shape[1], dtype=jnp.int32)[None] < length[:, None])[..., None]
+            x = jnp.where(is_real, x, jnp.zeros((), x.dtype))
+        x = x.astype(self.dtype)
+        if state is not None and reset is not None:
+            state = _forget(state, reset)
+        q, k, v, conv_inputs = self._projections(x, state, length)
+        q, k = self._place(q, k, state, positions)
+        params = self.inner()
+        if c.layer_norm_target:
+            v = _layer_norm_target(params, k, v, self.dtype)
+        gate = jax.nn.sigmoid(self.step_size(x))
+        options = self._options(state, length, reset)
+        tokens = (q, k, v, gate * (c.base_lr / c.head_dim))
+        operation = ttt_linear if c.kind == "linear" else ttt_mlp
+        out, ttt_state = operation(params, *tokens, **options)
+        self._diagnose(params, tokens, options, gate, ttt_state)
+        y = self._output(x, out.reshape(x.shape))
+        if is_real is not None:
+            y = jnp.where(is_real, y, jnp.zeros((), y.dtype))
+        return y, TTTLayerState(ttt_state, conv_inputs, self._next_position(x, state, length))
+
+    def init_state(self, batch_size: int) -> TTTLayerState:
+        """The state of `batch_size` rows that have read nothing; needs the parameters, so call it through `apply`."""
+        c = self.config
+        reach = c.conv_width - 1 if c.shared_qk else 0
+        conv_inputs = jnp.zeros((batch_size, reach, c.width), self.dtype)
+        return TTTLayerState(init_state(self.inner(), batch_size), conv_inputs, jnp.zeros(batch_size, jnp.int32))
+
+    def _check(self, x, state, positions):
+        c = self.config
+        if x.ndim != 3 or x.shape[-1] != c.width:
+            raise ValueError(f"x: expected shape [B, T, width = {c.width}], got {x.shape}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x: expected a float dtype, got {x.dtype}.")
+        if state is not None and not isinstance(state, TTTLayerState):
+            raise ValueError(f"state: expected the TTTLayerState of an earlier call, got {type(state).__name__}.")
+        if positions is not None and c.positions == "in_mini_batch":
+            raise ValueError(
+                "positions: expected None, since this layer rotates by its own count within the mini-batch."
+            )
+        if positions is not None and positions.shape != x.shape[:2]:
+            raise ValueError(f"positions: expected shape [B, T] = {x.shape[:2]}, got {positions.shape}.")
+
+    def _projections(self, x, state, length):
+        """q, k, v [B, T, H, D] before rotation, and the convolutions' next past."""
+        c = self.config
+        heads = (*x.shape[:2], c.num_heads, c.head_dim)
+        q = self.wq(x)
+        if c.shared_qk:
+            past = None if state is None else state.conv_inputs
+            k, conv_inputs = self.conv_k(q, past, length)
+            q, _ = self.conv_q(q, past, length)
+        else:
+            k, conv_inputs = self.wk(x), jnp.zeros((x.shape[0], 0, c.width), x.dtype)
+        q, k, v = (part.reshape(heads) for part in (q, k, self.wv(x)))
+        if c.normalize_qk:
+            q, k = _unit_length(q), _unit_length(k)
+        return q, k, v, conv_inputs
+
+    def _place(self, q, k, state, positions):
+        """Rotate q and k to their positions."""
+        c = self.config
+        if positions is None:
+            positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+            if state is not None:
+                start = state.ttt.count if c.positions == "in_mini_batch" else state.position
+                positions = positions + start[:, None]
+            if c.positions == "in_mini_batch":
+                positions = positions % c.mini_batch_size
+            positions = jnp.broadcast_to(positions, q.shape[:2])
+        rope = RotaryEmbedding(c.rope_theta)
+        return rotate(rope, q, positions), rotate(rope, k, positions)
+
+    def _options(self, state, length, reset):
+        c = self.config
+        token_scale = None
+        if c.learned_token_scale:
+            steps = jnp.arange(1, c.mini_batch_size + 1, dtype=self.token_scale_offset.dtype)
+            token_scale = jnp.maximum(1 / steps + self.token_scale_offset, 0)
+        return {
+            "mini_batch_size": c.mini_batch_size,
+            "causal": c.causal,
+            "token_scale": token_scale,
+            "state": None if state is None else state.ttt,
+            "length": length,
+            "reset": reset,
+            "eps": c.eps,
+        }
+
+    def _output(self, x, out):
+        y = self.post_norm(out).astype(self.dtype)
+        if self.config.shared_qk:
+            y = y * jax.nn.gelu(self.wg(x), approximate=True)
+        return self.wo(y)
+
+    def _next_position(self, x, state, length):
+        read = jnp.full(x.shape[0], x.shape[1], jnp.int32) if length is None else length
+        return read if state is None else state.position + read
+
+    def _diagnose(self, params, tokens, options, gate, state):
+        """Sow scalars when the caller asks for the collection "diagnostics"; otherwise compute nothing."""
+        if not self.is_mutable_collection("diagnostics") or self.is_initializing():
+            return
+        saturated = (gate < SATURATED) | (gate > 1 - SATURATED)
+        self.sow("diagnostics", "step_size_saturation", jnp.mean(saturated, dtype=gate.dtype))
+        self.sow("diagnostics", "fast_weight_drift", _drift(params, state))
+        losses = ttt_loss(params, *tokens, **options)
+        for name, loss in losses._asdict().items():
+            self.sow("diagnostics", f"inner_loss_{name}", jnp.mean(loss))
+
+
+class _Conv(nn.Module):
+    """Kernel [conv_width, 1, width] and bias of a causal depth-wise convolution."""
+
+    config: TTTConfig
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, past, length):
+        c = self.config
+        shape = (c.conv_width, 1, c.width)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (c.width,), self.param_dtype)
+        return causal_conv(x, kernel, bias, past, length)
+
+
+class _InnerParams(nn.Module):
+    """Initial fast weights and inner LayerNorm: N(0, 0.02^2) weights, biases 0, scale 1."""
+
+    config: TTTConfig
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self) -> TTTLinearParams | TTTMLPParams:
+        c = self.config
+        hidden = 4 * c.head_dim
+
+        def leaf(name, *shape, init=nn.initializers.zeros):
+            return self.param(name, init, (c.num_heads, *shape), self.param_dtype)
+
+        d = c.head_dim
+        ln = {"ln_scale": leaf("ln_scale", d, init=nn.initializers.ones), "ln_bias": leaf("ln_bias", d)}
+        if c.kind == "linear":
+            return TTTLinearParams(w1=leaf("w1", d, d, init=INIT), b1=leaf("b1", d), **ln)
+        w1, w2 = leaf("w1", d, hidden, init=INIT), leaf("w2", hidden, d, init=INIT)
+        return TTTMLPParams(w1=w1, b1=leaf("b1", hidden), w2=w2, b2=leaf("b2", d), **ln)
+
+
+def init_layer_state(config: TTTConfig, params, batch_size: int, dtype=jnp.float32) -> TTTLayerState:
+    """The state of `batch_size` fresh rows of `TTTLayer(config, dtype)` with these parameters."""
+    return TTTLayer(config, dtype).apply({"params": params}, batch_size, method="init_state")
+
+
+def _forget(state: TTTLayerState, rows) -> TTTLayerState:
+    """Clear what the layer itself carries for these rows; the operation resets its own part."""
+
+    def clear(x):
+        return jnp.where(rows.reshape(rows.shape + (1,) * (x.ndim - 1)), jnp.zeros((), x.dtype), x)
+
+    return TTTLayerState(
+        state.ttt._replace(count=clear(state.ttt.count)), clear(state.conv_inputs), clear(state.position)
+    )
+
+
+def _unit_length(x: jax.Array) -> jax.Array:
+    """`x / max(|x|, 1e-12)` over the last axis, with a gradient of zero at zero."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squares = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))).astype(x.dtype)
+
+
+def _layer_norm_target(params, k, v, dtype):
+    """What replaces V: `K + scale * (V - K - mean) / (std + 1e-8) + bias`, with the unbiased standard deviation."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    k, difference = k.astype(wide), v.astype(wide) - k.astype(wide)
+    centered = difference - jnp.mean(difference, axis=-1, keepdims=True)
+    variance = jnp.sum(jnp.square(centered), axis=-1, keepdims=True) / (k.shape[-1] - 1)
+    std = jnp.sqrt(jnp.maximum(variance, jnp.finfo(wide).tiny))  # a finite gradient where V - K is constant
+    scale, bias = params.ln_scale[None, None], params.ln_bias[None, None]
+    return (k + scale * centered / (std + 1e-8) + bias).astype(dtype)
+
+
+def _drift(params, state: TTTState) -> jax.Array:
+    """Distance of the fast weights from their initial value over that value's size, averaged over rows."""
+
+    def squares(weights):
+        return sum(jnp.sum(jnp.square(w), axis=tuple(range(1, w.ndim))) for w in weights)
+
+    initial = tuple(w[None] for w in params.fast_weights)
+    moved = squares(tuple(w - i for w, i in zip(state.weights, initial, strict=True)))
+    return jnp.mean(jnp.sqrt(moved / squares(initial)))
