@@ -1,0 +1,88 @@
+import json
+
+import numpy as np
+import pytest
+
+from ttt_jax.models.moshi import MoshiConfig, TTTInsertion, check_codes
+
+TINY = {"n_q": 2, "dep_q": 1, "delays": (0, 0, 1), "card": 8, "text_card": 10}
+
+
+def test_defaults_are_the_7b_model():
+    config = MoshiConfig()
+    assert (config.dim, config.num_layers, config.context, config.max_delay) == (4096, 32, 3000, 1)
+    assert config == MoshiConfig.from_kyutai({})
+
+
+def test_reads_kyutais_json(data_dir, tmp_path):
+    path = data_dir / "moshi_tiny_schedule.json"
+    config = MoshiConfig.from_kyutai(path)
+    assert config.depth_schedule == (0, 1, 1, 2)
+    assert hash(config) == hash(MoshiConfig.from_kyutai(json.loads(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_layer": 3}, "did you mean 'num_layers'"),
+        ({"norm": "layer_norm"}, "norm='layer_norm' is not supported"),
+        ({"lora": True}, "lora=True is not supported"),
+        ({"text_card_out": 5}, "text_card_out=5"),
+        ({"depformer_dim_feedforward": [1, 2]}, "depformer_dim_feedforward must be one int"),
+    ],
+)
+def test_from_kyutai_refuses_what_it_does_not_implement(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MoshiConfig.from_kyutai(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dim": 100, "num_heads": 3}, "dim must be divisible by num_heads, got dim=100 and num_heads=3"),
+        ({"num_heads": 4096}, "must be even for the rotary embedding"),
+        ({"depformer_num_heads": 3}, "depformer_dim must be divisible by depformer_num_heads"),
+        ({"delays": (0, 1)}, "delays must hold n_q"),
+        ({"delays": (-1,) * 17}, "delays must be >= 0"),
+        ({"dep_q": 17}, "dep_q must be <= n_q"),
+        ({"context": 0}, "context must be an int >= 1"),
+        ({"dtype": "float16"}, "dtype must be one of"),
+        ({"attention": "windows"}, "did you mean 'window'"),
+        ({"depformer_weights_per_step_schedule": (0, 1)}, "must hold dep_q = 8 values"),
+        ({"depformer_weights_per_step_schedule": (0, 2) * 4}, "use every weight set"),
+        ({"ttt": TTTInsertion(layers=(32,))}, r"ttt\.layers must lie in 0 \.\. 31"),
+        ({"ttt": TTTInsertion(layers=(0,), num_heads=3)}, r"dim must be divisible by ttt\.num_heads"),
+    ],
+)
+def test_validates_itself(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MoshiConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers": (1, 1)}, "must not repeat"),
+        ({"layers": (0,), "kind": "liner"}, "did you mean 'linear'"),
+        ({"layers": (0,), "mini_batch_size": 0}, r"ttt\.mini_batch_size must be an int >= 1, got 0"),
+        ({"layers": (0,), "gate_init": 0.0}, "gate_init must not be 0"),
+    ],
+)
+def test_ttt_validates_itself(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TTTInsertion(**fields)
+
+
+def test_codes_are_checked_and_the_culprit_is_named():
+    config = MoshiConfig(**TINY)
+    codes = np.zeros((2, 3, 5), np.int32)
+    codes[:, 0], codes[:, 1:] = 10, 8
+    codes[0, :, 0] = -2
+    check_codes(config, codes)
+    codes[1, 2, 3] = 9
+    with pytest.raises(ValueError, match=r"codes\[1, 2, 3\] = 9 is outside \[-2, 8\] of stream 2 .*position 3"):
+        check_codes(config, codes)
+    with pytest.raises(ValueError, match="codes must be integers"):
+        check_codes(config, codes.astype(np.float32))
+    with pytest.raises(ValueError, match=r"codes must have shape \[B, 3, T\]"):
+        check_codes(config, codes[:, :2])
