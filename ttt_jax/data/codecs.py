@@ -57,9 +57,9 @@ class Codec2:
         codes = np.where(missing, 0, codes)
         # A model's softmax spans `card`, wider than the energy and pitch fields: nearest value that exists.
         fields = np.clip(codes, 0, limits).T.reshape(-1, len(_FIELD_BITS)).astype(np.uint32)
-        words = np.bitwise_or.reduce(fields << _SHIFTS, axis=1).astype(">u4")
-        decoder = _import_pycodec2().Codec2(700)
-        samples = [decoder.decode(word.tobytes()) for word in words]
+        packed = np.bitwise_or.reduce(fields << _SHIFTS, axis=1).astype(">u4").tobytes()
+        decoder = _import_pycodec2().Codec2(700)  # type: ignore[attr-defined]
+        samples = [decoder.decode(packed[i : i + 4]) for i in range(0, len(packed), 4)]
         wav = np.concatenate(samples).astype(np.float32) / 32768 if samples else np.zeros(0, np.float32)
         return np.where(np.repeat(missing, self.frame_samples), np.float32(0), wav)
 
@@ -68,7 +68,7 @@ class Codec2Encoder:
     """Encodes one channel block by block; any split into blocks gives the same codes."""
 
     def __init__(self):
-        self._codec = _import_pycodec2().Codec2(700)
+        self._codec = _import_pycodec2().Codec2(700)  # type: ignore[attr-defined]
         self._pending = np.zeros(0, np.int16)
 
     def push(self, wav: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import multiprocessing.process
 import os
 import pathlib
 import shutil
@@ -326,23 +327,32 @@ def _assemble(
     )
     root = work / "tfds"
     shutil.rmtree(root, ignore_errors=True)
-    tfds.disable_progress_bar()
-    builder = TokenRecordings(
-        records=records,
-        make_example=functools.partial(_example, None if tokenizer is None else str(tokenizer), info),
-        num_streams=info.num_streams,
-        data_dir=str(root),
-    )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints about downloads; there are none
+    with _quiet():
+        tfds.disable_progress_bar()
+        builder = TokenRecordings(
+            records=records,
+            make_example=functools.partial(_example, None if tokenizer is None else str(tokenizer), info),
+            num_streams=info.num_streams,
+            data_dir=str(root),
+        )
         builder.download_and_prepare()
-    logging.set_verbosity(verbosity)
-    written = pathlib.Path(builder.data_path)
-    stored = load_builder(written)
-    num_frames = {split: [len(r["codes"]) for r in stored.as_data_source(split)] for split in stored.info.splits}
+        written = pathlib.Path(builder.data_path)
+        stored = load_builder(written)
+    num_frames = {split: [len(r["codes"]) for r in stored.as_data_source(split=split)] for split in stored.info.splits}
     write_atomically(work / tokens.INFO_FILE, tokens.info_to_json(info, num_frames))
     if tokenizer is not None:
         os.replace(tokenizer, plan.output / tokens.TOKENIZER_FILE)
     for file in sorted(written.iterdir(), key=lambda p: p.name == "dataset_info.json"):
         os.replace(file, plan.output / file.name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS logs and prints about downloads, of which there are none."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
