@@ -124,6 +124,11 @@ def cached_compilation(compilation_cache):
 
 
 @pytest.fixture
+def tiny_config_path() -> pathlib.Path:
+    return TINY
+
+
+@pytest.fixture
 def new_run(dataset, tmp_path, compilation_cache) -> Run:
     return Run(dataset, tmp_path / "run", compilation_cache)
 

@@ -1,5 +1,6 @@
 """Kill and resume (invariant 12), on the real train.py in processes of its own."""
 
+import os
 import random
 import shutil
 import signal
@@ -85,7 +86,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(new_run, und
     shutil.copytree(undisturbed.workdir, new_run.workdir)
     newest = new_run.workdir / "checkpoints" / str(STEPS)
     largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-100])
+    os.truncate(largest, largest.stat().st_size // 2)
     code, output = new_run.finish()
     assert code == 0, output
     assert f"DAMAGED CHECKPOINT {newest}" in output

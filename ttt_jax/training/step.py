@@ -92,7 +92,7 @@ def loss(config: ExperimentConfig, params: dict, codes: jax.Array) -> tuple[jax.
 def train_step(config: ExperimentConfig, state: TrainState, codes: jax.Array) -> tuple[TrainState, dict]:
     """One update, and the metrics of the parameters it started from."""
     gradients, metrics = jax.grad(loss, argnums=1, has_aux=True)(config, state.params, codes)
-    metrics["gradient_norm"] = optax.global_norm(gradients)
+    metrics["gradient_norm"] = optax.tree.norm(gradients)
     updates, optimizer = make_optimizer(config.optimizer).update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, optimizer), metrics
