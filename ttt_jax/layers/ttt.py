@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.conv import causal_conv
 from ttt_jax.layers.rope import RotaryEmbedding, rotate
 from ttt_jax.ttt import TTTLinearParams, TTTMLPParams, TTTState, init_state, ttt_linear, ttt_loss, ttt_mlp
@@ -172,7 +173,7 @@ class TTTLayer(nn.Module):
     def setup(self):
         """Parameters, by the names of the published layers' parts."""
         c = self.config
-        param_dtype = jnp.promote_types(jnp.float32, self.dtype)
+        param_dtype = at_least_float32(self.dtype)
 
         def dense(features=c.width, bias=c.bias, dtype=self.dtype, init=INIT):
             return nn.Dense(features, use_bias=bias, dtype=dtype, param_dtype=param_dtype, kernel_init=init)
@@ -185,7 +186,9 @@ class TTTLayer(nn.Module):
             self.wk = dense()
         self.wo = dense(init=nn.initializers.zeros if self.zero_init else INIT)
         self.step_size = dense(c.num_heads, bias=True, dtype=param_dtype)
-        self.post_norm = nn.LayerNorm(epsilon=1e-6, dtype=param_dtype, param_dtype=param_dtype)
+        self.post_norm = nn.LayerNorm(
+            epsilon=1e-6, param_dtype=param_dtype, use_fast_variance=False, force_float32_reductions=False
+        )
         if c.learned_token_scale:
             self.token_scale_offset = self.param(
                 "token_scale_offset", nn.initializers.zeros, (c.mini_batch_size,), param_dtype
@@ -311,7 +314,7 @@ class TTTLayer(nn.Module):
         }
 
     def _output(self, x, out):
-        y = self.post_norm(out).astype(self.dtype)
+        y = self.post_norm(out.astype(at_least_float32(self.dtype))).astype(self.dtype)
         if self.config.shared_qk:
             y = y * jax.nn.gelu(self.wg(x), approximate=True)
         return self.wo(y)
@@ -387,14 +390,14 @@ def _forget(state: TTTLayerState, rows) -> TTTLayerState:
 
 def _unit_length(x: jax.Array) -> jax.Array:
     """`x / max(|x|, 1e-12)` over the last axis, with a gradient of zero at zero."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(at_least_float32(x.dtype))
     squares = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))).astype(x.dtype)
 
 
 def _layer_norm_target(params, k, v, dtype):
     """What replaces V: `K + scale * (V - K - mean) / (std + 1e-8) + bias`, with the unbiased standard deviation."""
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = at_least_float32(dtype)
     k, difference = k.astype(wide), v.astype(wide) - k.astype(wide)
     centered = difference - jnp.mean(difference, axis=-1, keepdims=True)
     variance = jnp.sum(jnp.square(centered), axis=-1, keepdims=True) / (k.shape[-1] - 1)

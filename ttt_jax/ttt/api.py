@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import ttt_kernels
 
+from ttt_jax.dtypes import at_least_float32
 from ttt_jax.ttt import reference, scan
 from ttt_jax.ttt.call import Call, fresh_state, select_rows
 from ttt_jax.ttt.types import TTTLinearParams, TTTLosses, TTTMLPParams, TTTParams, TTTState
@@ -183,12 +184,8 @@ def init_state(params: TTTParams, batch_size: int) -> TTTState:
     _check_params(params, TTTParams, "init_state")
     if batch_size < 0:
         raise ValueError(f"batch_size: expected an int >= 0, got {batch_size}.")
-    dtype = _compute_dtype(params.w1)
+    dtype = at_least_float32(params.w1.dtype)
     return fresh_state(jax.tree.map(lambda x: jnp.asarray(x, dtype), params), batch_size)
-
-
-def _compute_dtype(*arrays) -> jnp.dtype:
-    return jnp.dtype(jnp.float64 if any(jnp.result_type(x) == jnp.float64 for x in arrays) else jnp.float32)
 
 
 def _dispatch(
@@ -253,7 +250,7 @@ def _implementations(implementation: Implementation) -> tuple[str, ...]:
 
 def _prepare(params, q, k, v, lr, mini_batch_size, causal, token_scale, state, length, reset, eps, remat_every) -> Call:
     """Everything in one compute dtype, defaults filled in, rows reset."""
-    dtype = _compute_dtype(q)
+    dtype = at_least_float32(q.dtype)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     if token_scale is None:
         steps = jnp.arange(1, mini_batch_size + 1, dtype=dtype)

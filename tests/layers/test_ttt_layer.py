@@ -1,0 +1,214 @@
+"""TTTLayer: causal and splittable through convolutions and RoPE, exact rows, the Video-DiT preset by its equations."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ttt_jax.layers.ttt import TTTConfig, TTTLayer, init_layer_state
+from ttt_jax.ttt import ttt_linear, ttt_mlp
+
+WIDTH, C = 8, 4
+PRESETS = {
+    "mamba": TTTConfig.ttt_lm("linear", WIDTH, 2, mini_batch_size=C),
+    "mamba_mlp": TTTConfig.ttt_lm("mlp", WIDTH, 2, mini_batch_size=C),
+    "base": TTTConfig.ttt_lm("linear", WIDTH, 2, mini_batch_size=C, backbone="base"),
+    "video_dit_causal": TTTConfig.video_dit("linear", WIDTH, 2, mini_batch_size=C, causal=True),
+    "video_dit_mlp": TTTConfig.video_dit("mlp", WIDTH, 2, mini_batch_size=C),
+}
+CAUSAL = [name for name, config in PRESETS.items() if config.causal]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(name, num_tokens, batch_size=3, seed=0):
+    """A layer with parameters far from their initial values, its apply function, and an input."""
+    config = PRESETS[name]
+    layer = TTTLayer(config, dtype=jnp.float64)
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((batch_size, num_tokens, WIDTH)))
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x))["params"]
+    params = jax.tree.map(lambda s: jnp.asarray(0.4 * rng.standard_normal(s.shape)), shapes)
+    params["inner"]["ln_scale"] += 1
+    if "token_scale_offset" in params:
+        params["token_scale_offset"] *= 0.1  # more would switch whole positions off
+    return params, jax.jit(partial(layer.apply, {"params": params})), x
+
+
+def assert_close(a, b, tolerance=1e-11):
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_output_depends_on_a_later_token(name):
+    _, apply, x = make(name, 2 * C + 2, batch_size=1)
+    jacobian = jax.jit(jax.jacobian(lambda x: apply(x)[0]))(x)
+    reached = np.abs(jacobian).sum(axis=(0, 2, 3, 5))
+    assert np.all(np.triu(reached, 1) == 0)
+    assert np.all(reached[np.tril_indices(2 * C + 2)] > 0)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_any_split_gives_the_same_outputs_and_state(name):
+    params, apply, x = make(name, 3 * C + 1)
+    whole = apply(x)
+    fresh = init_layer_state(PRESETS[name], params, 3, jnp.float64)
+    for split in ([5, 5, 11], list(range(1, 3 * C + 1))):
+        state, outs = fresh, []
+        for start, stop in zip([0, *split], [*split, 3 * C + 1], strict=True):
+            out, state = apply(x[:, start:stop], state)
+            outs.append(out)
+        assert_close((jnp.concatenate(outs, axis=1), state), whole)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_length_and_reset_are_exact(name):
+    _, apply, x = make(name, 2 * C)
+    before = apply(make(name, C, seed=1)[2])[1]
+    length, reset = jnp.asarray([C + 1, 2, 0]), jnp.asarray([False, True, True])
+    beyond = jnp.arange(2 * C)[None] >= length[:, None]
+    y, state = apply(jnp.where(beyond[..., None], jnp.nan, x), before, length=length, reset=reset)
+    _, fresh = apply(x[:, :0])
+    for row, n in enumerate(length):
+        started = fresh if reset[row] else before
+        alone = jax.tree.map(lambda s, row=row: s[row : row + 1], started)
+        expected_y, expected_state = apply(x[row : row + 1, :n], alone)
+        assert_close(y[row : row + 1, :n], expected_y)
+        assert_close(jax.tree.map(lambda s, row=row: s[row : row + 1], state), expected_state)
+        np.testing.assert_array_equal(y[row, n:], 0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_gradients_are_finite_beyond_length_and_reach_every_parameter(name):
+    layer = TTTLayer(PRESETS[name], dtype=jnp.float64)
+    params, _, x = make(name, 2 * C)
+    x = x.at[1, 3:].set(jnp.nan)
+
+    def objective(params, x):
+        return jnp.sum(jnp.sin(layer.apply({"params": params}, x, length=jnp.asarray([2 * C, 3, C]))[0]))
+
+    grad_params, grad_x = jax.jit(jax.grad(objective, argnums=(0, 1)))(params, x)
+    for path, gradient in jax.tree.leaves_with_path(grad_params):
+        assert np.all(np.isfinite(gradient)), jax.tree_util.keystr(path)
+        assert np.any(np.asarray(gradient) != 0), jax.tree_util.keystr(path)
+    np.testing.assert_array_equal(grad_x[1, 3:], 0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_video_dit_preset_follows_its_equations(kind):
+    """Dalal et al. 2025, spelled out: biases, L2-normalised and rotated q and k, the LayerNorm-shaped target, 1/C."""
+    config = TTTConfig.video_dit(kind, WIDTH, 2, mini_batch_size=C)
+    layer = TTTLayer(config, dtype=jnp.float64)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 2 * C, WIDTH))
+    positions = np.tile([5, 0, 3, 3, 9, 1, 2, 7], (2, 1))
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x))["params"]
+    p = jax.tree.map(lambda s: 0.4 * rng.standard_normal(s.shape), shapes)
+
+    def heads(name):
+        return (x @ p[name]["kernel"] + p[name]["bias"]).reshape(2, 2 * C, 2, WIDTH // 2)
+
+    def placed(vectors):
+        vectors = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+        angles = positions[:, :, None, None] * 1e4 ** (-2 * np.arange(2) / 4)
+        turned = (vectors[..., 0::2] + 1j * vectors[..., 1::2]) * np.exp(1j * angles)
+        return np.stack([turned.real, turned.imag], axis=-1).reshape(vectors.shape)
+
+    q, k, difference = placed(heads("wq")), placed(heads("wk")), heads("wv")
+    difference = difference - k
+    normalized = (difference - difference.mean(-1, keepdims=True)) / (difference.std(-1, ddof=1, keepdims=True) + 1e-8)
+    inner = p["inner"]
+    v = k + inner["ln_scale"] * normalized + inner["ln_bias"]
+    base_lr = {"linear": 1.0, "mlp": 0.1}[kind]
+    lr = base_lr / (1 + np.exp(-(x @ p["step_size"]["kernel"] + p["step_size"]["bias"]))) / (WIDTH // 2)
+    inner_params = TTTLayer(config, dtype=jnp.float64).apply({"params": p}, method=lambda layer: layer.inner())
+    operation = {"linear": ttt_linear, "mlp": ttt_mlp}[kind]
+    with jax.numpy_rank_promotion("allow"):
+        out, _ = operation(
+            inner_params,
+            *map(jnp.asarray, (q, k, v, lr)),
+            mini_batch_size=C,
+            causal=False,
+            eps=1e-8,
+            implementation="reference",
+        )
+    out = np.asarray(out).reshape(2, 2 * C, WIDTH)
+    out = (out - out.mean(-1, keepdims=True)) / np.sqrt(out.var(-1, keepdims=True) + 1e-6)
+    out = out * p["post_norm"]["scale"] + p["post_norm"]["bias"]
+    expected = out @ p["wo"]["kernel"] + p["wo"]["bias"]
+    y, _ = layer.apply({"params": p}, x, positions=positions)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-11)
+
+
+def test_bfloat16_activations_keep_a_float32_state():
+    config = PRESETS["mamba"]
+    layer = TTTLayer(config, dtype=jnp.bfloat16)
+    x = jnp.ones((2, C + 1, WIDTH), jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), x)
+    assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert set(variables) == {"params"}
+    y, state = layer.apply(variables, x)
+    assert y.dtype == jnp.bfloat16
+    assert {s.dtype for s in jax.tree.leaves(state.ttt)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_zero_init_outputs_zero_and_lets_wo_learn():
+    layer = TTTLayer(PRESETS["mamba"], zero_init=True)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, C, WIDTH)), jnp.float32)
+    params = layer.init(jax.random.key(0), x)["params"]
+    grads = jax.grad(lambda p: jnp.sum(jnp.sin(layer.apply({"params": p}, x)[0] + 1)))(params)
+    np.testing.assert_array_equal(layer.apply({"params": params}, x)[0], 0)
+    assert {
+        name for name, g in grads.items() if np.any(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]))
+    } == {"wo"}
+
+
+def test_diagnostics_are_sown_only_on_request():
+    params, _, x = make("mamba", 3 * C)
+    layer = TTTLayer(PRESETS["mamba"], dtype=jnp.float64)
+    _, sown = layer.apply({"params": params}, x, mutable=["diagnostics"])
+    values = {name: float(value[0]) for name, value in sown["diagnostics"].items()}
+    assert set(values) == {
+        "step_size_saturation", "fast_weight_drift", "inner_loss_initial", "inner_loss_before", "inner_loss_after",
+    }  # fmt: skip
+    assert values["fast_weight_drift"] > 0
+    assert values["inner_loss_after"] < values["inner_loss_before"]
+    params["step_size"]["bias"] += 100
+    _, sown = layer.apply({"params": params}, x, mutable=["diagnostics"])
+    assert float(sown["diagnostics"]["step_size_saturation"][0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 3}, "num_heads: .* width 8 in 3 heads"),
+        ({"num_heads": 8}, "even size"),
+        ({"mini_batch_size": 0}, "mini_batch_size: expected an int >= 1, got 0"),
+        ({"kind": "conv"}, "kind: expected 'linear' or 'mlp', got 'conv'"),
+        ({"base_lr": 0.0}, "base_lr: expected a number > 0"),
+    ],
+)
+def test_bad_configs_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PRESETS["mamba"], **changes)
+
+
+def test_bad_calls_are_named():
+    params, _, x = make("mamba", C)
+    layer = TTTLayer(PRESETS["mamba"])
+    with pytest.raises(ValueError, match=r"x: expected shape \[B, T, width = 8\], got \(3, 4, 7\)"):
+        layer.apply({"params": params}, x[..., :7])
+    with pytest.raises(ValueError, match="positions: expected None"):
+        layer.apply({"params": params}, x, positions=jnp.zeros((3, C), jnp.int32))
+    with pytest.raises(ValueError, match="state: expected the TTTLayerState"):
+        layer.apply({"params": params}, x, state=1)
+    with pytest.raises(ValueError, match="backbone: expected"):
+        TTTConfig.ttt_lm("linear", WIDTH, 2, backbone="xlstm")
