@@ -52,7 +52,7 @@ def test_rounded_starts_belong_to_their_frame():
 
 def test_trained_tokenizer_reserves_its_ids_and_restores_words(tokenizer):
     assert [tokenizer.id_to_piece(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<pad>"]
-    for word in "hello Anna Paris".split():
+    for word in ("hello", "Anna", "Paris"):
         pieces = tokenizer.encode(word)
         assert min(pieces) >= text.RESERVED_IDS
         assert tokenizer.decode(pieces) == word
@@ -79,7 +79,8 @@ def test_read_alignments(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", "{}", '{"alignments": [["a", 1.0, "SPEAKER_MAIN"]]}', '{"alignments": [["a", [2.0, 1.0], "SPEAKER_MAIN"]]}',
+    ["{", "[]", "{}", '{"alignments": [["a", 1.0, "SPEAKER_MAIN"]]}',
+     '{"alignments": [["a", [2.0, 1.0], "SPEAKER_MAIN"]]}',
      '{"alignments": [["a", [NaN, 1.0], "SPEAKER_MAIN"]]}'],
 )  # fmt: skip
 def test_broken_alignments_name_the_file(tmp_path, content):

@@ -6,6 +6,7 @@ Each recording follows from (seed, index) alone, whatever the number of workers.
 error. A rerun of the same command resumes.
 """
 
+import functools
 import os
 import pathlib
 import sys
@@ -18,17 +19,6 @@ from absl import app, flags
 from ttt_jax.data import dialogue, pipeline, text
 from ttt_jax.data.codecs import Codec2
 from ttt_jax.data.speech import espeak
-
-_HOURS = flags.DEFINE_float("hours", 8.0, "Hours of conversation, in all splits together.", lower_bound=0.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the whole dataset.", lower_bound=0)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the dataset.", required=True)
-_CODEC = flags.DEFINE_string("codec", "codec2", "Audio codec.")
-_MIN_MINUTES = flags.DEFINE_float("min_minutes", 5.0, "Shortest recording.", lower_bound=0.05)
-_MAX_MINUTES = flags.DEFINE_float("max_minutes", 60.0, "Longest recording.", lower_bound=0.05)
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1000, "Upper limit of the tokenizer's vocabulary.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Sentencepiece model to use instead of training one.")
-_KEEP_WAV = flags.DEFINE_integer("keep_wav", 0, "Test recordings whose audio is kept in OUTPUT/wav.", lower_bound=0)
-_WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes at a time.", lower_bound=1)
 
 
 class Conversation:
@@ -133,26 +123,35 @@ def make(
     pipeline.build(plan, sources, lambda ids: {i: splits[i] for i in ids})
 
 
-def main(argv: list[str]) -> None:
+def define_flags() -> dict[str, flags.FlagHolder]:
+    """The program's flags, defined only where it runs as one: both data programs may be imported together."""
+    holders = (
+        flags.DEFINE_float("hours", 8.0, "Hours of conversation, in all splits together.", lower_bound=0.0),
+        flags.DEFINE_integer("seed", 0, "Seed of the whole dataset.", lower_bound=0),
+        flags.DEFINE_string("output", None, "Directory of the dataset.", required=True),
+        flags.DEFINE_string("codec", "codec2", "Audio codec."),
+        flags.DEFINE_float("min_minutes", 5.0, "Shortest recording.", lower_bound=0.05),
+        flags.DEFINE_float("max_minutes", 60.0, "Longest recording.", lower_bound=0.05),
+        flags.DEFINE_integer("vocab_size", 1000, "Upper limit of the tokenizer's vocabulary."),
+        flags.DEFINE_string("tokenizer", None, "Sentencepiece model to use instead of training one."),
+        flags.DEFINE_integer("keep_wav", 0, "Test recordings whose audio is kept in OUTPUT/wav.", lower_bound=0),
+        flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes at a time.", lower_bound=1),
+    )
+    return {holder.name: holder for holder in holders}
+
+
+def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
     """Run the program."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    values = {name: holder.value for name, holder in holders.items()}
+    values["output"] = pathlib.Path(values["output"])
+    values["tokenizer"] = pathlib.Path(values["tokenizer"]) if values["tokenizer"] else None
     try:
-        make(
-            pathlib.Path(_OUTPUT.value),
-            hours=_HOURS.value,
-            seed=_SEED.value,
-            min_minutes=_MIN_MINUTES.value,
-            max_minutes=_MAX_MINUTES.value,
-            codec=_CODEC.value,
-            tokenizer=pathlib.Path(_TOKENIZER.value) if _TOKENIZER.value else None,
-            vocab_size=_VOCAB_SIZE.value,
-            keep_wav=_KEEP_WAV.value,
-            workers=_WORKERS.value,
-        )
+        make(**values)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(functools.partial(main, define_flags()))

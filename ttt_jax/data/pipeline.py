@@ -105,6 +105,7 @@ def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], d
         ValueError: the directory holds something else, or was begun with other settings.
         RuntimeError: a worker died, or another process is building here.
     """
+    get_codec(plan.codec)
     inputs = _digest(*(f"{source.id}\n{source.version}" for source in sources))
     plan.output.mkdir(parents=True, exist_ok=True)
     _claim(plan)

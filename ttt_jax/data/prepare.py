@@ -10,6 +10,7 @@ Splits follow from the files' names. Exit codes: 0 done; 3 done, but some files 
 error. A rerun of the same command resumes.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -19,16 +20,6 @@ from absl import app, flags
 
 from ttt_jax.data import audio, pipeline, text
 from ttt_jax.data.codecs import Codec2
-
-_AUDIO = flags.DEFINE_string("audio", None, "Folder of audio files, searched with its subfolders.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the dataset.", required=True)
-_CODEC = flags.DEFINE_string("codec", "codec2", "Audio codec.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Sentencepiece model to use instead of training one.")
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4000, "Upper limit of a trained tokenizer's vocabulary.")
-_TEST_FRACTION = flags.DEFINE_float("test_fraction", 0.1, "Share of the files for the test split.")
-_VALIDATION_FRACTION = flags.DEFINE_float("validation_fraction", 0.05, "Share of the files for the validation split.")
-_SEED = flags.DEFINE_integer("seed", 0, "Another seed splits the files differently.")
-_WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes at a time.", lower_bound=1)
 
 
 class AudioFile:
@@ -115,22 +106,31 @@ def make(
     return pipeline.build(plan, sources, lambda ids: split_by_name(ids, seed=seed, **fractions))
 
 
-def main(argv: list[str]) -> None:
+def define_flags() -> dict[str, flags.FlagHolder]:
+    """The program's flags, defined only where it runs as one: both data programs may be imported together."""
+    holders = (
+        flags.DEFINE_string("audio", None, "Folder of audio files, searched with its subfolders.", required=True),
+        flags.DEFINE_string("output", None, "Directory of the dataset.", required=True),
+        flags.DEFINE_string("codec", "codec2", "Audio codec."),
+        flags.DEFINE_string("tokenizer", None, "Sentencepiece model to use instead of training one."),
+        flags.DEFINE_integer("vocab_size", 4000, "Upper limit of a trained tokenizer's vocabulary."),
+        flags.DEFINE_float("test_fraction", 0.1, "Share of the files for the test split."),
+        flags.DEFINE_float("validation_fraction", 0.05, "Share of the files for the validation split."),
+        flags.DEFINE_integer("seed", 0, "Another seed splits the files differently."),
+        flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes at a time.", lower_bound=1),
+    )
+    return {holder.name: holder for holder in holders}
+
+
+def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
     """Run the program."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    values = {name: holder.value for name, holder in holders.items()}
+    folder, output = pathlib.Path(values.pop("audio")), pathlib.Path(values.pop("output"))
+    values["tokenizer"] = pathlib.Path(values["tokenizer"]) if values["tokenizer"] else None
     try:
-        skipped = make(
-            pathlib.Path(_AUDIO.value),
-            pathlib.Path(_OUTPUT.value),
-            codec=_CODEC.value,
-            tokenizer=pathlib.Path(_TOKENIZER.value) if _TOKENIZER.value else None,
-            vocab_size=_VOCAB_SIZE.value,
-            test_fraction=_TEST_FRACTION.value,
-            validation_fraction=_VALIDATION_FRACTION.value,
-            seed=_SEED.value,
-            workers=_WORKERS.value,
-        )
+        skipped = make(folder, output, **values)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     if skipped:
@@ -141,4 +141,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(functools.partial(main, define_flags()))
