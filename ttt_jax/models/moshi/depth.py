@@ -73,7 +73,7 @@ class DepthBlock(nn.Module):
         """Steps `x [S, P, dim]` that use weight sets `sets`, after the steps in `past`."""
         heads = self.config.depformer_num_heads
         qkv = step_product(self.norm1(x), self.in_proj, sets)
-        q, k, v = (part.reshape(*x.shape[:2], heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+        q, k, v = (part.reshape(*x.shape[:2], heads, x.shape[-1] // heads) for part in jnp.split(qkv, 3, axis=-1))
         if past is not None:
             k, v = jnp.concatenate([past.keys, k]), jnp.concatenate([past.values, v])
         x = x + step_product(step_attention(q, k, v).reshape(x.shape), self.out_proj, sets)

@@ -61,7 +61,9 @@ def init_state(config: MoshiConfig, params, batch_size: int) -> tuple[LayerState
         cache = init_attention_cache(batch_size, context, config.num_heads, head_dim, jnp.dtype(config.dtype))
         ttt = None
         if config.has_ttt(i):
-            ttt = init_layer_state(ttt_config(config), params[f"layers_{i}"]["ttt"], batch_size)
+            ttt = init_layer_state(
+                ttt_config(config), params[f"layers_{i}"]["ttt"], batch_size, jnp.dtype(config.dtype)
+            )
         states.append(LayerState(cache, ttt))
     return tuple(states)
 
@@ -79,7 +81,7 @@ class SelfAttention(nn.Module):
         in_proj = self.param("in_proj", KERNEL_INIT, (c.dim, 3 * c.dim), jnp.float32).astype(x.dtype)
         out_proj = self.param("out_proj", KERNEL_INIT, (c.dim, c.dim), jnp.float32).astype(x.dtype)
         qkv = jnp.einsum("btd,de->bte", x, in_proj)
-        q, k, v = (part.reshape(*x.shape[:2], c.num_heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+        q, k, v = (part.reshape(*x.shape[:2], c.num_heads, c.dim // c.num_heads) for part in jnp.split(qkv, 3, axis=-1))
         kind, context = c.layer_attention(self.layer)
         rope = RotaryEmbedding(c.max_period)
         if kind == "window":
@@ -114,7 +116,8 @@ class Block(nn.Module):
     def _gate(self):
         gate = self.param("gate", nn.initializers.constant(self.config.ttt.gate_init), (self.config.dim,), jnp.float32)
         gate = jnp.tanh(gate)
-        self.sow("diagnostics", "gate_size", jnp.mean(jnp.abs(gate)))
+        if not self.is_initializing():
+            self.sow("diagnostics", "gate_size", jnp.mean(jnp.abs(gate)))
         return gate
 
 
@@ -149,10 +152,11 @@ class Moshi(nn.Module):
         batch, _, frames = codes.shape
         delayed = delay(codes, c.delays, c.initial_tokens)
         z, text_logits, _ = self.temporal(delayed[:, :, :-1])
-        hidden = self._depth_hidden(z, delayed[:, : c.dep_q, 1:]).reshape(c.dep_q, batch, frames, -1)
+        hidden = self._depth_hidden(z, delayed[:, : c.dep_q, 1:]).reshape(c.dep_q, batch, frames, c.depformer_dim)
         # Undone before the last product, which has no bias and maps zeros to zeros: the logits are many times wider.
-        hidden = undelay(hidden, c.delays[1 : 1 + c.dep_q], axis=2).reshape(c.dep_q, batch * frames, -1)
-        logits = self._by_row(self.depformer.logits(hidden), batch)
+        hidden = undelay(hidden, c.delays[1 : 1 + c.dep_q], axis=2)
+        hidden = hidden.reshape(c.dep_q, batch * frames, c.depformer_dim)
+        logits = self._by_row(self.depformer.logits(hidden), batch, frames)
         text_logits = undelay(jnp.moveaxis(text_logits, 1, 0), c.delays[:1], axis=2)
         inside = delay_mask(frames, c.delays)
         targets = (codes >= 0) & (codes < jnp.asarray(c.initial_tokens, codes.dtype)[None, :, None]) & inside[None]
@@ -190,18 +194,19 @@ class Moshi(nn.Module):
             z: `[B, T, dim]` from `temporal`.
             tokens: `[B, dep_q + 1, T]` int32, what is predicted at each position, text first (the last is not read).
         """
-        return self._by_row(self.depformer.logits(self._depth_hidden(z, tokens[:, : self.config.dep_q])), z.shape[0])
+        hidden = self._depth_hidden(z, tokens[:, : self.config.dep_q])
+        return self._by_row(self.depformer.logits(hidden), *z.shape[:2])
 
     def depth_step(self, z: jax.Array, j: int, token: jax.Array, past):
         """Depth step j of `z [B, dim]` given the token before it `[B]`: logits `[B, card]` and keys for step j + 1."""
         return self.depformer.step(z, j, token, past)
 
     def _depth_hidden(self, z, tokens):
-        steps = tokens.shape[1]
-        tokens = jnp.moveaxis(tokens, 1, 0).reshape(steps, -1)
-        return self.depformer.hidden(z.reshape(-1, z.shape[-1]), tokens)
+        """Step-major `[dep_q, B * T, depformer_dim]`, from `z [B, T, dim]` and the tokens read `[B, dep_q, T]`."""
+        positions = z.shape[0] * z.shape[1]
+        tokens = jnp.moveaxis(tokens, 1, 0).reshape(tokens.shape[1], positions)
+        return self.depformer.hidden(z.reshape(positions, z.shape[-1]), tokens)
 
-    def _by_row(self, logits, batch: int):
+    def _by_row(self, logits, batch: int, frames: int):
         """`[S, B * T, card]` to `[B, S, T, card]`."""
-        logits = logits.reshape(logits.shape[0], batch, -1 if logits.shape[1] else 0, logits.shape[-1])
-        return jnp.moveaxis(logits, 0, 1)
+        return jnp.moveaxis(logits.reshape(logits.shape[0], batch, frames, logits.shape[-1]), 0, 1)
