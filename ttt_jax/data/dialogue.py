@@ -13,12 +13,11 @@ from ttt_jax.data.lexicon import LISTS
 from ttt_jax.data.speech import Voice
 
 SPEAKERS = (topics.MAIN, topics.OTHER)
-# Voices with an echo (f2, f3, f5, victor) are not among them: espeak-ng 1.52 does not repeat their audio exactly.
 TRAIN_VOICES = (
     "en-us+m1", "en-us+m2", "en-us+m3", "en-us+m4", "en-us+m6", "en-us+m7",
     "en-us+f1", "en-us+f4", "en-us+linda", "en-us+steph", "en-us+Annie", "en-us+Andy",
 )  # fmt: skip
-TEST_VOICES = ("en-us+m5", "en-us+m8", "en-us+john", "en-us+steph2", "en-us+belinda", "en-us+Alicia")
+TEST_VOICES = ("en-us+m5", "en-us+m8", "en-us+john", "en-us+steph2", "en-us+belinda", "en-us+shelby")
 RATES_WPM = (165, 175, 185)
 PITCHES = (35, 45, 55, 65)
 PAUSES_S = (0.24, 0.4)

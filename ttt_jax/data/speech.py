@@ -78,6 +78,7 @@ class Espeak:
         self.sample_rate_hz = self._lib.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, _INITIALIZE_DONT_EXIT)
         if self.sample_rate_hz <= 0:
             raise RuntimeError(f"espeak-ng could not be initialized with the data at {data.decode()}")
+        self._lib.espeak_ng_SetRandSeed(ctypes.c_long(0))  # else the breath of some voices depends on the clock
         self._samples: list[np.ndarray] = []
         self._words: list[tuple[int, int]] = []
         self._callback = _Callback(self._receive)  # kept: the library holds only a pointer
