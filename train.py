@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, such as configs/quickstart.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: config, metrics and checkpoints.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: config, metrics, checkpoints.", required=True)
 
 
 def main(argv: list[str]) -> None:
@@ -29,5 +29,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main)

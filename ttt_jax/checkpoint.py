@@ -38,7 +38,7 @@ def save_model(directory: str | pathlib.Path, config: Any, params: Any) -> None:
     if directory.exists():
         raise FileExistsError(f"{directory} exists; choose another directory or remove it first.")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    ocp.save_checkpointables(directory, {PARAMS: params}, custom_metadata=model_metadata(config))
+    ocp.save_checkpointables(str(directory), {PARAMS: params}, custom_metadata=model_metadata(config))
 
 
 def load(directory: str | pathlib.Path) -> tuple[Any, Any]:
@@ -73,8 +73,8 @@ def read_metadata(path: pathlib.Path) -> tuple[Any, Any]:
     Raises:
         ValueError: The metadata is damaged, or was not written by this library.
     """
-    metadata = ocp.checkpointables_metadata(path)
-    saved = metadata.custom_metadata
+    metadata = ocp.checkpointables_metadata(str(path))
+    saved: Any = metadata.custom_metadata
     if not isinstance(saved, dict) or saved.get("model") not in MODELS:
         raise ValueError(f"{path}: its metadata names none of the models {list(MODELS)}.")
     if metadata.metadata[PARAMS] is None:
@@ -115,4 +115,4 @@ def _load_model(path: pathlib.Path) -> tuple[Any, Any]:
     config, shapes = read_metadata(path)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-    return config, ocp.load(path, abstract, checkpointable_name=PARAMS)
+    return config, ocp.load(str(path), abstract, checkpointable_name=PARAMS)

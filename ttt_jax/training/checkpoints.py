@@ -2,6 +2,7 @@
 
 import pathlib
 import time
+from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
@@ -51,8 +52,8 @@ def _read(path: pathlib.Path, abstract: TrainState) -> TrainState:
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     progress = {"step": placed.step, "optimizer": placed.optimizer}
     # One after the other: when one of several fails, Orbax leaves the others' coroutines unawaited.
-    params = ocp.load(path, placed.params, checkpointable_name=PARAMS)
-    progress = ocp.load(path, progress, checkpointable_name=PROGRESS)
+    params = ocp.load(str(path), placed.params, checkpointable_name=PARAMS)
+    progress = ocp.load(str(path), progress, checkpointable_name=PROGRESS)
     state = TrainState(progress["step"], params, progress["optimizer"])
     if int(state.step) != int(path.name):
         raise ValueError(f"{path} holds step {int(state.step)}.")
@@ -70,7 +71,7 @@ class Checkpoints:
         self._config = config.checkpoint
         self._model = model_metadata(config.model)
         self._checkpointer = ocp.training.Checkpointer(
-            workdir.absolute() / CHECKPOINTS,
+            str(workdir.absolute() / CHECKPOINTS),
             preservation_policy=_preservation_policy(config.checkpoint),
             cleanup_tmp_directories=True,
         )
@@ -117,9 +118,9 @@ class Checkpoints:
         return f"{good} Try a lower optimizer.learning_rate or optimizer.clip_norm in a new --workdir."
 
 
-def _preservation_policy(config: CheckpointConfig):
+def _preservation_policy(config: CheckpointConfig) -> Any:
     policies = ocp.training.preservation_policies
-    kept = [policies.LatestN(config.keep)]
+    kept: list[Any] = [policies.LatestN(config.keep)]
     if config.keep_every_steps:
         kept.append(policies.EveryNSteps(config.keep_every_steps))
     return policies.AnyPreservationPolicy(kept)

@@ -22,7 +22,7 @@ from ttt_jax.training.signals import StopRequest
 class Batches(Protocol):
     """Random access to batches: `batches[i]` is codes [B, 1 + n_q, T] int32, the same at every call."""
 
-    def __getitem__(self, step: int, /) -> np.ndarray: ...
+    def __getitem__(self, step: int, /) -> Any: ...
 
 
 def train(config: ExperimentConfig, workdir: pathlib.Path, training: Batches, validation: Batches | None) -> int:

@@ -1,6 +1,6 @@
 """One update: loss, gradients, AdamW; and the loss and diagnostics alone. Pure functions of (state, codes)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ class TrainState(NamedTuple):
     """Everything that a checkpoint must hold to go on bit-exactly; the batch follows from (seed, step)."""
 
     step: jax.Array  # int32: updates done
-    params: dict  # float32
+    params: Any  # float32, Moshi's parameter tree
     optimizer: optax.OptState
 
 
@@ -35,7 +35,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     return lambda count: schedule(count + 1)
 
 
-def decay_mask(params: dict) -> dict:
+def decay_mask(params: Any) -> Any:
     """True for the parameters that are decayed: matrices; not norms, biases, gates nor the inner model's biases."""
 
     def is_decayed(path, param):
@@ -67,7 +67,7 @@ def init_state(config: ExperimentConfig) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer).init(params))
 
 
-def loss(config: ExperimentConfig, params: dict, codes: jax.Array) -> tuple[jax.Array, dict]:
+def loss(config: ExperimentConfig, params: Any, codes: jax.Array) -> tuple[jax.Array, dict]:
     """Moshi's weighted loss, and the unweighted NLLs in nats per token.
 
     Args:
@@ -78,7 +78,7 @@ def loss(config: ExperimentConfig, params: dict, codes: jax.Array) -> tuple[jax.
     Returns:
         The loss (scalar float32), and `{"loss": scalar, "text": scalar, "audio": [dep_q]}`.
     """
-    output = moshi.Moshi(config.model).apply({"params": params}, codes)
+    output: Any = moshi.Moshi(config.model).apply({"params": params}, codes)
     losses = moshi.losses(
         output,
         codes,
@@ -98,7 +98,7 @@ def train_step(config: ExperimentConfig, state: TrainState, codes: jax.Array) ->
     return TrainState(state.step + 1, params, optimizer), metrics
 
 
-def diagnostics(config: ExperimentConfig, params: dict, codes: jax.Array) -> dict[str, jax.Array]:
+def diagnostics(config: ExperimentConfig, params: Any, codes: jax.Array) -> dict[str, jax.Array]:
     """What the layers sow under "diagnostics", as `{"path/of/layer/name": scalar}`; empty for a model without TTT."""
     _, variables = moshi.Moshi(config.model).apply({"params": params}, codes, mutable=["diagnostics"])
     sown = jax.tree.leaves_with_path(variables.get("diagnostics", {}), is_leaf=lambda leaf: isinstance(leaf, tuple))
