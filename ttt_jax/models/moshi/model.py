@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from ttt_jax.layers.attention import AttentionCache, init_attention_cache, segment_attention, window_attention
 from ttt_jax.layers.dtypes import wide_dtype
@@ -103,18 +104,18 @@ class Block(nn.Module):
         c = self.config
         cache, ttt_state = (None, None) if state is None else state
         branch, cache = SelfAttention(c, self.layer, name="self_attn")(RMSNorm(name="norm1")(x), cache, length, reset)
-        if c.has_ttt(self.layer):
+        if c.ttt is not None and c.has_ttt(self.layer):
             learned, ttt_state = TTTLayer(ttt_config(c), dtype=jnp.dtype(c.dtype), zero_init=True, name="ttt")(
                 RMSNorm(name="norm_ttt")(branch), ttt_state, length=length, reset=reset
             )
-            branch = branch + self._gate().astype(x.dtype)[None, None] * learned
+            branch = branch + self._gate(c.ttt.gate_init).astype(x.dtype)[None, None] * learned
         x = x + branch
         hidden = gated_hidden_size(c.dim, int(c.hidden_scale * c.dim))
         mlp = GatedMLP(hidden, dtype=jnp.dtype(c.dtype), name="gating")
         return x + mlp(RMSNorm(name="norm2")(x)), LayerState(cache, ttt_state)
 
-    def _gate(self):
-        gate = self.param("gate", nn.initializers.constant(self.config.ttt.gate_init), (self.config.dim,), jnp.float32)
+    def _gate(self, init: float):
+        gate = self.param("gate", nn.initializers.constant(init), (self.config.dim,), jnp.float32)
         gate = jnp.tanh(gate)
         if not self.is_initializing():
             self.sow("diagnostics", "gate_size", jnp.mean(jnp.abs(gate)))
@@ -147,7 +148,7 @@ class Moshi(nn.Module):
             ValueError: wrong shape or dtype, or (outside jit) values out of range.
         """
         c = self.config
-        (check_codes_shape if isinstance(codes, jax.core.Tracer) else check_codes)(c, codes)
+        (check_codes_shape if isinstance(codes, Tracer) else check_codes)(c, codes)
         codes = jnp.asarray(codes)
         batch, _, frames = codes.shape
         delayed = delay(codes, c.delays, c.initial_tokens)

@@ -1,6 +1,6 @@
 """Moshi one frame at a time: the user's codes in, Moshi's text and audio tokens out."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,9 +124,8 @@ def stream_step_with_logits(
 
     model, variables = Moshi(config), {"params": params}
     length = None if active is None else active.astype(jnp.int32)
-    z, text_logits, layers = model.apply(
-        variables, present[:, :, None], stream.layers, length, reset, method="temporal"
-    )
+    outputs: Any = model.apply(variables, present[:, :, None], stream.layers, length, reset, method="temporal")
+    z, text_logits, layers = outputs
     drawn, logits = _draw_frame(model, variables, z[:, 0], text_logits[:, 0, 0], rng, sampling, forced)
 
     own = slice(0, 1 + config.dep_q)
@@ -141,7 +140,7 @@ def stream_step_with_logits(
     return out, Stream(layers, tokens, after), StepLogits(text_logits[:, :, 0], logits)
 
 
-def _draw_frame(model, variables, z, text_logits, rng, sampling: Sampling, forced):
+def _draw_frame(model: Moshi, variables, z, text_logits, rng, sampling: Sampling, forced):
     """The text token, then the audio tokens one by one: `[B, 1 + dep_q]` and the audio logits `[B, dep_q, card]`."""
     dep_q = model.config.dep_q
     keys = [None] * (1 + dep_q) if rng is None else list(jax.random.split(rng, 1 + dep_q))
