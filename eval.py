@@ -1,0 +1,34 @@
+"""Evaluates a model: `python eval.py --workdir=DIR | --checkpoint=DIR --benchmark=NAME[,NAME]`.
+
+Writes JSON, plots, a wav and report.html into the directory (or --output).
+"""
+
+import pathlib
+
+from absl import app, flags, logging
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py; its newest checkpoint is evaluated.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "One checkpoint, or a converted model; needs --data.")
+BENCHMARK = flags.DEFINE_list("benchmark", ["nll_by_position"], "Benchmarks: nll_by_position.")
+DATA = flags.DEFINE_string("data", None, "Token dataset; by default the one that the workdir was trained on.")
+SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset.")
+OUTPUT = flags.DEFINE_string("output", None, "Directory for the results; by default the workdir or checkpoint.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the benchmarks that the flags name."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    # Imported late so that `--help` and wrong flags answer at once.
+    from ttt_jax.evaluation.run import run
+
+    data, output = (None if flag.value is None else pathlib.Path(flag.value) for flag in (DATA, OUTPUT))
+    model = pathlib.Path(WORKDIR.value or CHECKPOINT.value)
+    print(run(model, BENCHMARK.value, data=data, split=SPLIT.value, output=output))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
+    app.run(main)

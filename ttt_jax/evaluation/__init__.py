@@ -1,0 +1,1 @@
+"""Benchmarks on long audio: scoring, baselines, statistics, plots and the report."""

@@ -1,0 +1,105 @@
+"""Plots of a run: what people look at first."""
+
+import json
+import pathlib
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ttt_jax.evaluation.nll_by_position import Curve, NLLByPosition
+
+LABELS = {"carried": "TTT, state carried", "reset": "TTT, state reset every segment", "off": "TTT off"}
+COLORS = {"carried": "tab:blue", "reset": "tab:orange", "off": "tab:gray"}
+matplotlib.use("Agg")
+
+
+def nll_figure(result: NLLByPosition) -> Figure:
+    """NLL by position for audio and text, every memory, and below it what carrying the state gains."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    for column, streams in enumerate(("audio", "text")):
+        frames = "sounding" if streams == "audio" else "all"
+        _draw(axes[0, column], result, [c for c in result.curves if (c.streams, c.frames) == (streams, frames)])
+        _draw(axes[1, column], result, [c for c in result.gains if (c.streams, c.frames) == (streams, frames)])
+        axes[0, column].set_title(f"{streams}, {frames} frames")
+        axes[0, column].set_ylabel("NLL [nats per token]")
+        axes[1, column].axhline(0, color="black", linewidth=0.8)
+        axes[1, column].set_ylabel("gain of carrying the state [nats]")
+        axes[1, column].set_xlabel("position in the recording [s]")
+    axes[0, 0].legend()
+    if result.gains:
+        labels = {"reset": "over a reset state", "off": "over no TTT"}
+        handles = [line for line in axes[1, 0].get_lines() if line.get_gid() in labels]
+        axes[1, 0].legend(handles, [labels[str(line.get_gid())] for line in handles])
+    return figure
+
+
+def _draw(axes: Axes, result: NLLByPosition, curves: list[Curve]) -> None:
+    """One line a memory through the buckets' middles, with its 95 % band."""
+    edges = np.asarray(result.edges) / result.frame_rate_hz
+    middles = (edges[:-1] + edges[1:]) / 2
+    for curve in curves:
+        mean, low, high = (np.array([getattr(b, name) for b in curve.buckets]) for name in ("mean", "low", "high"))
+        color = COLORS[curve.memory]
+        axes.plot(middles, mean, marker="o", markersize=3, color=color, label=LABELS[curve.memory], gid=curve.memory)
+        axes.fill_between(middles, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.axvline(result.context_frames / result.frame_rate_hz, color="black", linestyle=":", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+
+
+def streams_figure(result: NLLByPosition) -> Figure:
+    """Each stream's NLL beside what tables reach on it."""
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    axes = figure.subplots()
+    at = np.arange(len(result.streams))
+    kinds = {
+        "unigram table": ([s.unigram for s in result.streams], "lightgray"),
+        "bigram table": ([s.bigram for s in result.streams], "tab:gray"),
+        "model": ([s.model.mean for s in result.streams], "tab:blue"),
+    }
+    for offset, (label, (values, color)) in enumerate(kinds.items()):
+        axes.bar(at + 0.27 * (offset - 1), values, width=0.27, label=label, color=color)
+    axes.set_xticks(at, [s.name for s in result.streams], rotation=20)
+    axes.set_ylabel("NLL [nats per token]")
+    axes.set_title(f"whole {result.split} recordings")
+    axes.legend()
+    return figure
+
+
+def training_figure(metrics: pathlib.Path) -> Figure | None:
+    """Losses and TTT diagnostics over the updates in a metrics.jsonl; None without it."""
+    if not metrics.is_file():
+        return None
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for kind, style in (("train", "-"), ("validation", "o--")):
+        of_kind = [line for line in lines if kind in line]
+        for name, color in (("text", "tab:green"), ("audio", "tab:blue")):
+            values = [np.mean(line[kind][name]) for line in of_kind]
+            left.plot([line["step"] for line in of_kind], values, style, color=color, label=f"{kind} {name}", ms=3)
+    left.set_ylabel("NLL [nats per token]")
+    for name, points in _diagnostics(lines).items():
+        right.plot(*zip(*points, strict=True), label=name)
+    right.set_title("TTT layers")
+    for axes in (left, right):
+        axes.set_xlabel("update")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="x-small")
+    return figure
+
+
+def _diagnostics(lines) -> dict[str, list[tuple[int, float]]]:
+    """Name -> (update, value), averaged over the layers that report it."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in (line for line in lines if "diagnostics" in line):
+        by_name: dict[str, list[float]] = {}
+        for path, value in line["diagnostics"].items():
+            by_name.setdefault(path.rsplit("/", 1)[-1].replace("_", " "), []).append(value)
+        for name, values in by_name.items():
+            points.setdefault(name, []).append((line["step"], float(np.mean(values))))
+    return points

@@ -1,0 +1,137 @@
+"""The report of a run: one HTML file that needs nothing beside it."""
+
+import base64
+import html
+import io
+import math
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from matplotlib.figure import Figure
+
+from ttt_jax.evaluation.nll_by_position import NLLByPosition
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .2rem .8rem; text-align: right; }
+th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #ddd; } th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; } audio { width: 100%; }
+"""
+
+TEXT_SHARE_OF_ENTROPY = 1 / 3
+AUDIO_MARGIN_NATS = 0.2
+"""What a model that learned something reaches on held-out voices: text NLL below a third of the stream's entropy, every
+codebook this far below a bigram table."""
+
+
+def stream_rows(result: NLLByPosition) -> list[list[str]]:
+    """One row a stream: name, model, interval, tables, the model's lead, and whether it is enough."""
+    rows = []
+    for stream in result.streams:
+        nll = stream.model.mean
+        if stream.name == "text":
+            bound = TEXT_SHARE_OF_ENTROPY * stream.unigram_entropy
+        else:
+            bound = stream.bigram - AUDIO_MARGIN_NATS
+        learned = "no tokens" if math.isnan(nll) else "yes" if nll < bound else "no"
+        interval = f"{stream.model.low:.3f} .. {stream.model.high:.3f}"
+        numbers = (stream.unigram_entropy, stream.unigram, stream.bigram, bound)
+        rows.append([stream.name, f"{nll:.3f}", interval, *(f"{x:.3f}" for x in numbers), learned])
+    return rows
+
+
+STREAM_COLUMNS = [
+    "stream",
+    "model NLL",
+    "95 % interval",
+    "unigram entropy",
+    "unigram table",
+    "bigram table",
+    "bound",
+    "below",
+]
+
+
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns aligned for a terminal."""
+    table = [list(columns), *map(list, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+
+
+def summary(result: NLLByPosition) -> list[str]:
+    """Sentences that say what was found, whichever way it came out."""
+    hours = result.num_frames / result.frame_rate_hz / 3600
+    window = result.context_frames / result.frame_rate_hz
+    lines = [
+        f"{result.num_recordings} {result.split} recordings, {hours:.2f} hours, each scored whole and frame by frame before "
+        f"the state learns it; attention sees {window:g} s."
+    ]
+    for memory, what in (("reset", "resetting it at every segment"), ("off", "no TTT")):
+        for streams in ("audio", "text"):
+            gains = [g for g in result.gains if (g.memory, g.streams, g.frames) == (memory, streams, "all")]
+            if not gains or not gains[0].buckets:
+                continue
+            last = gains[0].buckets[-1]
+            start = result.edges[-2] / result.frame_rate_hz
+            lines.append(
+                f"Carrying the TTT state against {what}: {last.mean:+.4f} nats per {streams} token "
+                f"({last.low:+.4f} .. {last.high:+.4f}) beyond {start:g} s, {_verdict(last)}."
+            )
+    return lines
+
+
+def _verdict(gain) -> str:
+    if math.isnan(gain.low):
+        return "too few recordings for an interval"
+    if gain.low > 0:
+        return "it helps"
+    return "it hurts" if gain.high < 0 else "no difference that these recordings can show"
+
+
+def write_report(
+    path: pathlib.Path,
+    result: NLLByPosition,
+    figures: dict[str, Figure],
+    *,
+    title: str,
+    audio: pathlib.Path | None = None,
+    audio_note: str = "",
+) -> None:
+    """Write the report to `path`; the wav is embedded.
+
+    Args:
+      path: of the HTML file.
+      result: of the benchmark.
+      figures: heading -> plot, in order.
+      title: of the page.
+      audio: a wav to listen to.
+      audio_note: what is to be heard in it, plain text.
+    """
+    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in summary(result))]
+    for heading, figure in figures.items():
+        parts.append(f'<h2>{html.escape(heading)}</h2><img alt="{html.escape(heading)}" src="{_png(figure)}">')
+    if audio is not None:
+        data = base64.b64encode(audio.read_bytes()).decode()
+        parts.append(
+            f'<h2>Continuation</h2><p>{html.escape(audio_note)}</p><audio controls src="data:audio/wav;base64,{data}">'
+        )
+        parts.append("</audio>")
+    parts.append("<h2>Streams</h2>" + _html_table(STREAM_COLUMNS, stream_rows(result)))
+    body = "\n".join(parts)
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>{body}</html>\n'
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"

@@ -1,0 +1,126 @@
+"""Likelihood of every token of whole recordings, walked in chunks with the state carried from one to the next.
+
+Each frame is scored from a state that has read only the frames before it, then read. Memory is constant however long a
+recording is, but for its tokens and scores.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.models.moshi import Moshi, MoshiConfig, delay, init_state, token_nll
+
+MEMORIES = ("carried", "reset", "off")
+"""What becomes of the TTT state: carried through the recording, reset at every chunk, or TTT switched off."""
+
+
+def score_recordings(
+    config: MoshiConfig,
+    params: Any,
+    recordings: Sequence[np.ndarray],
+    *,
+    chunk_frames: int,
+    batch_size: int = 8,
+    memory: str = "carried",
+    progress: Callable[[int], object] = lambda frames: None,
+) -> list[np.ndarray]:
+    """Negative log-likelihoods of every predicted token, teacher-forced.
+
+    Args:
+      config: of the model.
+      params: Moshi's parameter tree; never changed.
+      recordings: codes [1 + n_q, T] int32 each, any lengths; indexed one group of `batch_size` at a time.
+      chunk_frames: frames per call. It changes nothing but speed, except that `memory="reset"` resets at every chunk.
+      batch_size: recordings walked side by side.
+      memory: one of `MEMORIES`; attention carries its cache in all of them.
+      progress: called with the number of frames just scored.
+
+    Returns:
+      Per recording, in order, [1 + dep_q, T] float32 in nats, text first; NaN where there is no token to predict.
+
+    Raises:
+      ValueError: an unknown memory, or sizes below 1.
+    """
+    if memory not in MEMORIES:
+        raise ValueError(f"memory: expected one of {MEMORIES}, got {memory!r}.")
+    for name, value in (("chunk_frames", chunk_frames), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {value!r}.")
+    if memory == "off":
+        params = without_ttt(params)
+    lengths = [recordings[i].shape[1] for i in range(len(recordings))]
+    by_length = np.argsort(lengths, kind="stable")[::-1]  # rows of one group end at about the same time
+    scores: list[np.ndarray] = [np.zeros((1 + config.dep_q, 0), np.float32)] * len(lengths)
+    for start in range(0, len(lengths), batch_size):
+        group = by_length[start : start + batch_size]
+        codes = [recordings[i] for i in group]
+        parts = list(_score_group(config, params, codes, batch_size, chunk_frames, memory == "reset", progress))
+        for row, index in enumerate(group):
+            joined = np.concatenate([part[row] for part in parts], axis=-1)
+            scores[index] = _undelayed(config, joined, recordings[index])
+    return scores
+
+
+def without_ttt(params: Any) -> Any:
+    """The parameters with every TTT gate at zero: the model as if it had no TTT layers."""
+
+    def close(path, leaf):
+        return jnp.zeros_like(leaf) if path[-1].key == "gate" else leaf
+
+    return jax.tree_util.tree_map_with_path(close, params)
+
+
+def _score_group(
+    config, params, codes: list[np.ndarray], rows: int, chunk_frames: int, reset: bool, progress
+) -> Iterator[np.ndarray]:
+    """Scores at delayed positions, chunk by chunk: [rows, 1 + dep_q, <= chunk_frames]."""
+    delayed = [_delayed(config, c) for c in codes]
+    lengths = np.zeros(rows, np.int64)
+    lengths[: len(codes)] = [d.shape[1] - 1 for d in delayed]
+    state = init_state(config, params, rows)
+    for start in range(0, lengths.max(initial=0), chunk_frames):
+        tokens = np.full((rows, config.num_streams, chunk_frames + 1), -1, np.int32)
+        for row, d in enumerate(delayed):
+            piece = d[:, start : start + chunk_frames + 1]
+            tokens[row, :, : piece.shape[1]] = piece
+        length = np.clip(lengths - start, 0, chunk_frames).astype(np.int32)
+        if reset and start:
+            state = _forget_ttt(config, params, state, rows)
+        nll, state = _score_chunk(config, params, state, tokens, length)
+        progress(int(length.sum()))
+        yield np.asarray(nll)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _score_chunk(config: MoshiConfig, params, state, tokens, length):
+    """Scores of positions 1.. of `tokens [B, K, n + 1]` given the ones before: [B, 1 + dep_q, n]."""
+    model, variables = Moshi(config), {"params": params}
+    own = slice(0, 1 + config.dep_q)
+    targets = tokens[:, own, 1:]
+    z, text_logits, state = model.apply(variables, tokens[:, :, :-1], state, length, method="temporal")
+    logits = model.apply(variables, z, targets, method="depth")
+    nll = jnp.concatenate([token_nll(text_logits, targets[:, :1]), token_nll(logits, targets[:, 1:])], axis=1)
+    return nll, state
+
+
+def _forget_ttt(config: MoshiConfig, params, state, rows: int):
+    fresh = init_state(config, params, rows)
+    return tuple(old._replace(ttt=new.ttt) for old, new in zip(state, fresh, strict=True))
+
+
+def _delayed(config: MoshiConfig, codes: np.ndarray) -> np.ndarray:
+    """Delayed tokens [K, T + max_delay + 1], long enough for the last frame of the latest stream to be predicted."""
+    padded = np.pad(codes, ((0, 0), (0, config.max_delay)), constant_values=-1)
+    return np.asarray(delay(padded[None], config.delays, config.initial_tokens)[0])
+
+
+def _undelayed(config: MoshiConfig, nll: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Scores [1 + dep_q, positions] back at their frames; NaN where the target is missing."""
+    frames = codes.shape[1]
+    own = config.delays[: 1 + config.dep_q]
+    aligned = np.stack([nll[k, shift : shift + frames] for k, shift in enumerate(own)]).astype(np.float32)
+    return np.where(codes[: 1 + config.dep_q] >= 0, aligned, np.nan).astype(np.float32)
