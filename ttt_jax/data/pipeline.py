@@ -339,7 +339,8 @@ def _assemble(
         builder.download_and_prepare()
         written = pathlib.Path(builder.data_path)
         stored = load_builder(written)
-    num_frames = {split: [len(r["codes"]) for r in stored.as_data_source(split=split)] for split in stored.info.splits}
+    sources = {split: stored.as_data_source(split=split) for split in stored.info.splits}  # pyright: ignore[reportCallIssue]
+    num_frames = {split: [len(record["codes"]) for record in source] for split, source in sources.items()}
     write_atomically(work / tokens.INFO_FILE, tokens.info_to_json(info, num_frames))
     if tokenizer is not None:
         os.replace(tokenizer, plan.output / tokens.TOKENIZER_FILE)

@@ -72,7 +72,7 @@ def open_dataset(directory: str | pathlib.Path, split: str) -> TokenDataset:
     info, num_frames = info_from_json(directory / INFO_FILE)
     if split not in num_frames:
         raise ValueError(f"split: expected one of {list(num_frames)}, which {directory} holds, got {split!r}")
-    source = load_builder(directory).as_data_source(split=split)
+    source = load_builder(directory).as_data_source(split=split)  # pyright: ignore[reportCallIssue]
     if len(source) != len(num_frames[split]):
         raise ValueError(
             f"{directory / INFO_FILE} lists {len(num_frames[split])} {split} recordings, "
