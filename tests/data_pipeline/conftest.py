@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from ttt_jax.data import conversations
+from ttt_jax.data import conversations, reader
 
 SMALL = {"hours": 0.015, "seed": 5, "min_minutes": 0.2, "max_minutes": 0.4}
 
@@ -17,3 +19,24 @@ def small_dataset(tmp_path_factory):
     output = tmp_path_factory.mktemp("conversations") / "small"
     conversations.make(output, **SMALL, keep_wav=1, workers=2)
     return output
+
+
+@pytest.fixture(scope="session")
+def contents():
+    """Everything a dataset directory holds, comparable with `==`.
+
+    Records are compared decoded: protobuf maps have no order, so TFDS's record files differ between processes in the
+    order of a record's three fields.
+    """
+
+    def read(folder):
+        files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        found: dict = {name: path.read_bytes() for name, path in files.items() if "array_record" not in name}
+        assert len(found) < len(files)
+        for split in json.loads(found["tokens.json"])["num_frames"]:
+            dataset = reader.open_dataset(folder, split)
+            records = (dataset[i] for i in range(len(dataset)))
+            found[split] = [(r.id, r.codes.tobytes(), r.metadata) for r in records]
+        return found
+
+    return read

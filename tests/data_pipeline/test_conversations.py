@@ -1,5 +1,4 @@
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -12,16 +11,12 @@ import soundfile
 from ttt_jax.data import conversations, reader
 
 
-def tree(folder: pathlib.Path):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_same_bytes_with_another_number_of_workers(small_dataset, small_settings, tmp_path):
+def test_same_bytes_with_another_number_of_workers(small_dataset, small_settings, tmp_path, contents):
     conversations.make(tmp_path / "again", **small_settings, keep_wav=1, workers=1)
-    assert tree(tmp_path / "again") == tree(small_dataset)
+    assert contents(tmp_path / "again") == contents(small_dataset)
 
 
-def test_a_killed_program_resumes_to_the_same_bytes(small_dataset, small_settings, tmp_path):
+def test_a_killed_program_resumes_to_the_same_bytes(small_dataset, small_settings, tmp_path, contents):
     output = tmp_path / "killed"
     flags = [f"--{name}={value}" for name, value in small_settings.items()]
     command = [
@@ -44,7 +39,7 @@ def test_a_killed_program_resumes_to_the_same_bytes(small_dataset, small_setting
     assert done
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert tree(output) == tree(small_dataset)
+    assert contents(output) == contents(small_dataset)
     assert "tokenizing: 100%" in again.stderr
 
 

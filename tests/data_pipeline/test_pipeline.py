@@ -1,6 +1,5 @@
 import json
 import os
-import pathlib
 import weakref
 
 import numpy as np
@@ -37,15 +36,11 @@ def split(ids):
     return {i: "test" if i == ids[-1] else "train" for i in ids}
 
 
-def tree(folder: pathlib.Path):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_build_skips_what_it_cannot_use_and_a_rerun_does_nothing(tmp_path, capsys):
+def test_build_skips_what_it_cannot_use_and_a_rerun_does_nothing(tmp_path, capsys, contents):
     sources = [Noise("a", 1), Noise("b", 2), Noise("c", fail="skip"), Noise("d", 3)]
     output = tmp_path / "out"
     assert pipeline.build(plan(output), sources, split) == {"c": "it is bad"}
-    before = tree(output)
+    before = contents(output)
     assert not any(name.startswith(".work") for name in before)
     train, test = (reader.open_dataset(output, name) for name in ("train", "test"))
     assert [r.id for r in (train[0], train[1], test[0])] == ["a", "b", "d"]
@@ -56,10 +51,10 @@ def test_build_skips_what_it_cannot_use_and_a_rerun_does_nothing(tmp_path, capsy
     assert train.info.text_card == 4
     assert pipeline.build(plan(output), sources, split) == {"c": "it is bad"}
     assert "finished already" in capsys.readouterr().out
-    assert tree(output) == before
+    assert contents(output) == before
 
 
-def test_a_dead_worker_stops_the_build_and_a_rerun_keeps_what_was_done(tmp_path):
+def test_a_dead_worker_stops_the_build_and_a_rerun_keeps_what_was_done(tmp_path, contents):
     calls = tmp_path / "calls"
     calls.mkdir()
     output = tmp_path / "out"
@@ -73,22 +68,22 @@ def test_a_dead_worker_stops_the_build_and_a_rerun_keeps_what_was_done(tmp_path)
     pipeline.build(one_at_a_time, sources, split)
     assert sorted(p.name[0] for p in calls.iterdir()) == ["a", "b", "c"]
     pipeline.build(plan(tmp_path / "undisturbed"), sources, split)
-    assert tree(output) == tree(tmp_path / "undisturbed")
+    assert contents(output) == contents(tmp_path / "undisturbed")
 
 
-def test_a_kill_while_publishing_leaves_nothing_that_loads(tmp_path):
+def test_a_kill_while_publishing_leaves_nothing_that_loads(tmp_path, contents):
     """Files reach the directory one by one, tokens.json last: without it, it is unfinished and is built again."""
     sources = [Noise("a"), Noise("bb", 2)]
     output = tmp_path / "out"
     pipeline.build(plan(output), sources, split)
-    whole = tree(output)
+    whole = contents(output)
     for missing in (["tokens.json"], ["tokens.json", "skipped.json", "dataset_info.json"]):
         for name in missing:
             (output / name).unlink()
         with pytest.raises(FileNotFoundError, match="rerun"):
             reader.open_dataset(output, "train")
         pipeline.build(plan(output), sources, split)
-        assert tree(output) == whole
+        assert contents(output) == whole
 
 
 def test_settings_and_inputs_must_stay(tmp_path):
