@@ -256,7 +256,7 @@ def test_likelihoods_are_aligned(trained, process):
         return float(jnp.mean(token_nll(out.logits, targets)[:, :, inside]))
 
     aligned, late, early = nll(targets), nll(jnp.roll(targets, 1, 2)), nll(jnp.roll(targets, -1, 2))
-    assert aligned < 1.0
+    assert aligned < 0.05  # the text token gives both codebooks away, but only those of its own frame
     assert min(late, early) > aligned + 1.0
 
 
