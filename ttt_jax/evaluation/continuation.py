@@ -66,7 +66,7 @@ def continue_recording(
         tokens, stream = step(
             params,
             stream=stream,
-            user_codes=jnp.asarray(user[None, :, t], jnp.int32),
+            user_codes=jnp.asarray(user[None, :, max(t - 1, 0)], jnp.int32),  # a call hears the frame before
             rng=jax.random.fold_in(key, t),
             forced=jnp.asarray(forced[None], jnp.int32),
         )

@@ -19,7 +19,7 @@ from ttt_jax.evaluation.scoring import MEMORIES, score_recordings
 from ttt_jax.evaluation.statistics import Estimate, mean_over_recordings, position_edges
 from ttt_jax.models.moshi import MoshiConfig
 
-SILENCE_DB = -40.0
+SILENCE_DB = -30.0
 """A frame is silent when its level is this far below the recording's loud frames (95th percentile)."""
 
 Masks = list[np.ndarray]

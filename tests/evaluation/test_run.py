@@ -1,0 +1,122 @@
+"""eval.py as a user runs it: a real dataset and checkpoint in, JSON, plots, wav and report out."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from ttt_jax.checkpoint import save_model
+from ttt_jax.data import conversations
+from ttt_jax.data.reader import open_dataset
+from ttt_jax.evaluation.nll_by_position import silent_frames
+from ttt_jax.models.moshi import Moshi, MoshiConfig, TTTInsertion
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    output = tmp_path_factory.mktemp("data") / "conversations"
+    conversations.make(output, hours=0.02, seed=3, min_minutes=0.15, max_minutes=0.3, keep_wav=0, workers=2)
+    return output
+
+
+@pytest.fixture(scope="module")
+def checkpoint(dataset, tmp_path_factory):
+    info = open_dataset(dataset, "test").info
+    config = MoshiConfig(
+        dim=16, num_heads=2, num_layers=2, context=20, depformer_dim=8, depformer_dim_feedforward=16,
+        depformer_num_heads=2, depformer_num_layers=1, text_card=info.text_card, card=info.card,
+        ttt=TTTInsertion(layers=(1,)),
+    )  # fmt: skip
+    params = jax.jit(Moshi(config).init)(jax.random.key(0), np.zeros((1, 17, 2), np.int32))["params"]
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    save_model(directory, config, params)
+    return directory
+
+
+def evaluate(*flags):
+    command = [sys.executable, str(ROOT / "eval.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_writes_everything_it_promises(checkpoint, dataset, tmp_path):
+    done = evaluate(
+        f"--checkpoint={checkpoint}", f"--data={dataset}", "--benchmark=nll_by_position", f"--output={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "nll_by_position.json").read_text())
+    test = open_dataset(dataset, "test")
+    assert result["num_frames"] == test.num_frames.sum()
+    assert [s["name"] for s in result["streams"]] == ["text", *(f"codebook {k}" for k in range(8))]
+    assert {(c["memory"], c["frames"]) for c in result["curves"]} == {
+        (memory, frames) for memory in ("carried", "reset", "off") for frames in ("all", "silent", "sounding")
+    }
+    # An untrained model spreads its bets: near ln(card), and TTT with wo = 0 changes nothing.
+    assert abs(result["streams"][1]["model"]["mean"] - np.log(512)) < 1
+    assert all(abs(b["mean"]) < 1e-4 for g in result["gains"] if g["frames"] == "all" for b in g["buckets"])
+    tokens = {
+        frames: sum(b["num_tokens"] for c in result["curves"] for b in c["buckets"] if c["frames"] == frames)
+        for frames in ("all", "silent", "sounding")
+    }
+    assert tokens["all"] == tokens["silent"] + tokens["sounding"]
+    assert min(tokens.values()) > 0
+    report = (tmp_path / "report.html").read_text()
+    assert report.count("data:image/png;base64") == 2
+    assert "data:audio/wav;base64" in report
+    wav, rate = soundfile.read(tmp_path / "continuation.wav")
+    assert rate == 8000
+    assert wav.shape[1] == 2
+    assert (tmp_path / "nll_by_position.png").stat().st_size > 10_000
+    assert "codebook 7" in done.stdout
+    assert str(tmp_path / "report.html") in done.stdout
+
+
+def test_silent_frames_follow_the_audio(dataset):
+    test = open_dataset(dataset, "test")
+    codes = test[0].codes
+    silent = silent_frames(codes, test)
+    speaking = codes[0] > 3  # a word begins in this frame
+    assert silent[speaking].mean() < 0.2
+    assert 0.2 < silent.mean() < 0.9
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--checkpoint=CHECKPOINT", "--data=DATA", "--benchmark=speed"],
+            "expected names out of nll_by_position, got speed",
+        ),
+        (["--checkpoint=CHECKPOINT"], "has no config.json that names its dataset; pass --data"),
+        (["--checkpoint=MISSING", "--data=DATA"], "does not exist; expected a workdir of train.py or a checkpoint"),
+        (["--checkpoint=CHECKPOINT", "--data=MISSING"], "no finished token dataset at"),
+        (["--checkpoint=CHECKPOINT", "--data=DATA", "--split=dev"], "split: expected one of"),
+        ([], "workdir"),
+    ],
+)
+def test_wrong_flags_are_named_and_nothing_is_written(flags, message, checkpoint, dataset, tmp_path):
+    places = {"CHECKPOINT": checkpoint, "DATA": dataset, "MISSING": tmp_path / "missing"}
+    for name, path in places.items():
+        flags = [flag.replace(name, str(path)) for flag in flags]
+    output = tmp_path / "output"
+    done = evaluate(*flags, f"--output={output}")
+    assert done.returncode != 0
+    assert message in done.stderr + done.stdout
+    assert not output.exists()
+
+
+def test_a_model_of_other_streams_is_refused(checkpoint, dataset, tmp_path):
+    from ttt_jax.checkpoint import load
+    from ttt_jax.evaluation.nll_by_position import nll_by_position
+
+    config, params = load(checkpoint)
+    test = open_dataset(dataset, "test")
+    with pytest.raises(ValueError, match="expected card 100 as the model has, got 512"):
+        nll_by_position(dataclasses.replace(config, card=100), params, test, test, test, split="test")
