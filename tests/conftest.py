@@ -1,11 +1,16 @@
-"""Strict defaults for every test: eight fake CPU devices, no implicit rank promotion, strict dtypes in the numeric core."""
+"""Strict defaults for every test: eight fake CPU devices, no rank promotion, strict dtypes in the numeric rooms."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Tests compile far more than they compute, so XLA spends less on optimizing.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
 )
 
 import pathlib

@@ -1,6 +1,7 @@
 """Test-time-training layers in JAX for very long audio.
 
-The functions need JAX alone. The Flax modules (`TTTLayer`, `ttt_jax.models`) and `load` are imported when first asked for.
+The functions need JAX alone. The Flax modules (`TTTLayer`, `ttt_jax.models`) and `load` are imported when first asked
+for.
 """
 
 import importlib

@@ -61,8 +61,10 @@ def test_outputs_and_gradients_match(golden):
 
 
 def test_inner_losses_match(golden):
-    """Published statistics look at the last token of each mini-batch; the library averages over the call's tokens, so calls of
-    C - 1 tokens and of one token show the same numbers."""
+    """Published statistics look at the last token of each mini-batch, the library averages over a call's tokens.
+
+    So calls of C - 1 tokens and of one token show the same numbers.
+    """
     config, arrays = golden
     c, num_tokens = config.mini_batch_size, arrays["x"].shape[1]
     with jax.enable_x64(True):

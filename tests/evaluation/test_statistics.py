@@ -27,10 +27,10 @@ def test_too_little_data_gives_no_interval():
 @pytest.mark.parametrize(
     ("context", "longest", "edges"),
     [
-        (100, 1000, [0, 25, 50, 100, 200, 400, 800, 1000]),
-        (100, 30, [0, 25, 30]),
-        (4, 1, [0, 1]),
-        (1, 7, [0, 1, 2, 3, 6, 7]),
+        (100, 1300, [0, 25, 50, 100, 200, 400, 800, 1300]),
+        (100, 1000, [0, 25, 50, 100, 200, 400, 1000]),
+        (100, 30, [0, 30]),
+        (4, 0, [0, 1]),
     ],
 )
 def test_buckets_double_from_the_context_on(context, longest, edges):

@@ -1,4 +1,4 @@
-"""What every implementation of the operation must do: REFERENCE equations, causality, splits, rows, dtypes, gradients."""
+"""What every implementation of the operation must do: equations, causality, splits, rows, dtypes, gradients."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ def jitted(kind, implementation="scan", causal=True, **options):
 
 
 def naive(kind, params, q, k, v, lr, causal, token_scale, eps=1e-6):
-    """The equations spelled out in Python for one row and head, with gradients by jax.grad: independent of the library's code."""
+    """The equations spelled out for one row and head, gradients by jax.grad: independent of the library's code."""
 
     def layer_norm(x):
         return params.ln_scale * (x - jnp.mean(x)) / jnp.sqrt(jnp.var(x) + eps) + params.ln_bias

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ttt_jax.convert.checks import check_tensors
 from ttt_jax.layers.mlp import gated_hidden_size
 from ttt_jax.models.moshi.config import MoshiConfig
 
@@ -31,7 +32,7 @@ def moshi_params(config: MoshiConfig, tensors: Tensors) -> dict[str, Any]:
     if config.ttt is not None:
         raise ValueError("config.ttt must be None: convert without TTT, then insert it into the parameter tree")
     tensors = _split_fused(config, tensors)
-    _check(_expected_shapes(config), tensors)
+    check_tensors(_expected_shapes(config), tensors)
 
     def take(name: str) -> np.ndarray:
         return np.asarray(tensors[name], dtype=np.float32)
@@ -143,22 +144,3 @@ def _layer_shapes(name: str, dim: int, hidden: int, steps: list[int], gatings: l
     shapes |= {f"{name}.{gating}.linear_in.weight": (2 * hidden, dim) for gating in gatings}
     shapes |= {f"{name}.{gating}.linear_out.weight": (dim, hidden) for gating in gatings}
     return shapes
-
-
-def _check(expected: Expected, tensors: Tensors):
-    missing = [f"{name} {list(expected[name])}" for name in sorted(expected.keys() - tensors.keys())]
-    unexpected = [f"{name} {list(tensors[name].shape)}" for name in sorted(tensors.keys() - expected.keys())]
-    misshapen = [
-        f"{name}: expected {list(shape)}, got {list(tensors[name].shape)}"
-        for name, shape in sorted(expected.items())
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    problems = [
-        f"{kind} ({len(names)}): " + "; ".join(names)
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
-        raise ValueError(
-            "the tensors do not fit the config; is it the config of this checkpoint?\n" + "\n".join(problems)
-        )

@@ -24,8 +24,8 @@ RENAMED = {
 def ttt_lm_params(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The parameter tree of a `TTTLayer` from the tensors of one TTT-LM layer, dtypes kept.
 
-    The inner model and the backbone follow from the names that are there: `ttt_dense_1` means TTT-MLP, `conv_q/kernel` the
-    Mamba backbone.
+    The inner model and the backbone follow from the names that are there: `ttt_dense_1` means TTT-MLP, `conv_q/kernel`
+    the Mamba backbone.
 
     Args:
       tensors: name to array, names joined by "/" below the layer (`wq/kernel`, `ttt_dense_0`, ...).

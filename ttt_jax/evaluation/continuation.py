@@ -19,7 +19,7 @@ from ttt_jax.models.moshi import UNGENERATED_TOKEN, MoshiConfig, init_stream, st
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """Streams of the main speaker, [1 + dep_q, T] int32: what was heard up to `prompt_frames`, then what the model said."""
+    """The main speaker's streams, [1 + dep_q, T] int32: given up to `prompt_frames`, then what the model said."""
 
     tokens: np.ndarray
     prompt_frames: int
@@ -54,7 +54,9 @@ def continue_recording(
     step = jax.jit(
         functools.partial(stream_step, config, temperature=temperature, top_k=top_k), donate_argnames="stream"
     )
-    stream, key, spoken = init_stream(config, params, 1), jax.random.key(seed), []
+    # Jitted so that the stream lies where the parameters lie: the first step then compiles for all of them.
+    stream = jax.jit(init_stream, static_argnums=(0, 2))(config, params, 1)
+    key, spoken = jax.random.key(seed), []
     delays = np.asarray(config.delays[: 1 + config.dep_q])
     user = np.pad(codes[1 + config.dep_q :], ((0, 0), (0, config.max_delay)), constant_values=-1)
     for t in tqdm(range(total + config.max_delay), desc="continuing", unit="frame"):
@@ -75,7 +77,7 @@ def continue_recording(
 
 
 def write_wav(path: pathlib.Path, tokens: np.ndarray, other: np.ndarray, info: TokenInfo) -> None:
-    """Write speech as stereo wav at the codec's rate: left the main speaker's `tokens [1 + n, T]`, right the other's codes."""
+    """Write stereo speech at the codec's rate: left the main speaker's `tokens [1 + n, T]`, right the other's codes."""
     codec = get_codec(info.codec)
     channels = [codec.decode(tokens[1 : 1 + info.num_codebooks]), codec.decode(other[:, : tokens.shape[1]])]
     temporary = path.with_name(path.name + ".tmp")

@@ -1,4 +1,4 @@
-"""NLL of whole recordings by position: does the model predict better the longer it has listened?
+"""NLL of whole recordings by position: whether the model predicts better the longer it has listened.
 
 The same recordings are scored with the TTT state carried, with it reset at every segment, and with TTT off, so that the
 difference is what the memory is worth. Intervals are over recordings.
@@ -6,6 +6,7 @@ difference is what the memory is worth. Intervals are over recordings.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class Curve:
     streams: str  # a stream's name, or "audio": the mean over codebooks
     frames: str  # "all", "silent" or "sounding"
     buckets: list[Estimate]
+    beyond_context: Estimate  # over all frames that the attention cannot connect with the recording's start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +126,7 @@ def nll_by_position(
         silent_frames(dataset[i].codes, dataset) for i in tqdm(range(len(dataset)), desc="levels", unit="recording")
     ]
     edges = position_edges(context, int(lengths.max(initial=1)))
-    curves, gains = _curves(config, scores, silent, edges)
+    curves, gains = _curves(config, scores, silent, edges, context)
     return NLLByPosition(
         split=split,
         num_recordings=len(dataset),
@@ -215,14 +217,14 @@ def _estimate(values: list[np.ndarray]) -> Estimate:
     return mean_over_recordings(sums, np.array([np.count_nonzero(~np.isnan(v)) for v in values]))
 
 
-def _curves(config, scores, silent: Masks, edges) -> tuple[list[Curve], list[Curve]]:
+def _curves(config, scores, silent: Masks, edges, context) -> tuple[list[Curve], list[Curve]]:
     groups = {name: slice(k, k + 1) for k, name in enumerate(stream_names(config))} | {"audio": slice(1, None)}
     kinds = {
         "all": [np.ones_like(s) for s in silent],
         "silent": silent,
         "sounding": [~s for s in silent],
     }
-    make = functools.partial(_curve, groups=groups, kinds=kinds, edges=edges)
+    make = functools.partial(_curve, groups=groups, kinds=kinds, edges=edges, context=context)
     names = [(group, kind) for group in groups for kind in kinds]
     curves = [make(memory, scores[memory], group, kind) for memory in scores for group, kind in names]
     gains = []
@@ -232,7 +234,7 @@ def _curves(config, scores, silent: Masks, edges) -> tuple[list[Curve], list[Cur
     return curves, gains
 
 
-def _curve(memory, values, group, kind, *, groups, kinds, edges) -> Curve:
+def _curve(memory, values, group, kind, *, groups, kinds, edges, context) -> Curve:
     chosen = [np.where(mask, v[groups[group]], np.nan) for v, mask in zip(values, kinds[kind], strict=True)]
-    buckets = [_estimate([v[:, a:b] for v in chosen]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    return Curve(memory, group, kind, buckets)
+    buckets = [_estimate([v[:, a:b] for v in chosen]) for a, b in itertools.pairwise(edges)]
+    return Curve(memory, group, kind, buckets, _estimate([v[:, context:] for v in chosen]))

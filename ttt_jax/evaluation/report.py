@@ -14,7 +14,8 @@ from ttt_jax.evaluation.nll_by_position import NLLByPosition
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .2rem .8rem; text-align: right; }
-th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #ddd; } th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; } audio { width: 100%; }
 """
 
@@ -64,20 +65,18 @@ def summary(result: NLLByPosition) -> list[str]:
     hours = result.num_frames / result.frame_rate_hz / 3600
     window = result.context_frames / result.frame_rate_hz
     lines = [
-        f"{result.num_recordings} {result.split} recordings, {hours:.2f} hours, each scored whole and frame by frame before "
-        f"the state learns it; attention sees {window:g} s."
+        f"{result.num_recordings} {result.split} recordings, {hours:.2f} hours, each scored whole and frame by frame "
+        f"before the state learns it; attention sees {window:g} s."
     ]
     for memory, what in (("reset", "resetting it at every segment"), ("off", "no TTT")):
         for streams in ("audio", "text"):
             gains = [g for g in result.gains if (g.memory, g.streams, g.frames) == (memory, streams, "all")]
-            if not gains or not gains[0].buckets:
-                continue
-            last = gains[0].buckets[-1]
-            start = result.edges[-2] / result.frame_rate_hz
-            lines.append(
-                f"Carrying the TTT state against {what}: {last.mean:+.4f} nats per {streams} token "
-                f"({last.low:+.4f} .. {last.high:+.4f}) beyond {start:g} s, {_verdict(last)}."
-            )
+            if gains:
+                gain = gains[0].beyond_context
+                lines.append(
+                    f"Carrying the TTT state against {what}: {gain.mean:+.4f} nats per {streams} token "
+                    f"({gain.low:+.4f} .. {gain.high:+.4f}) on frames beyond {window:g} s: {_verdict(gain)}."
+                )
     return lines
 
 
@@ -118,8 +117,8 @@ def write_report(
         )
         parts.append("</audio>")
     parts.append("<h2>Streams</h2>" + _html_table(STREAM_COLUMNS, stream_rows(result)))
-    body = "\n".join(parts)
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>{body}</html>\n'
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    page = "\n".join([f'<!doctype html><html lang="en">{head}', *parts, "</html>\n"])
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)

@@ -33,8 +33,8 @@ def run(
       The report's path.
 
     Raises:
-      ValueError: an unknown benchmark, no dataset named, or one that does not fit the model. FileNotFoundError: no model or
-        no dataset there.
+      ValueError: an unknown benchmark, no dataset named, or one that does not fit the model. FileNotFoundError: no
+        model or no dataset there.
     """
     unknown = [name for name in benchmarks if name not in BENCHMARKS]
     if unknown or not benchmarks:
@@ -80,7 +80,10 @@ def _continuation(
         spoken_text(tokens, data / TOKENIZER_FILE)
         for tokens in (continued.tokens[0, : continued.prompt_frames], continued.tokens[0, continued.prompt_frames :])
     )
-    note = f"Left: {recording.id}'s main speaker for {prompt_s:g} s, from then on the model. Right: the other speaker as recorded."
+    note = (
+        f"Left: {recording.id}'s main speaker for {prompt_s:g} s, from then on the model. "
+        "Right: the other speaker as recorded."
+    )
     if prompt or said:
         note += f' Heard: "{prompt}" The model goes on: "{said}"'
     return wav, note

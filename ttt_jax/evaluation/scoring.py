@@ -81,7 +81,7 @@ def _score_group(
     delayed = [_delayed(config, c) for c in codes]
     lengths = np.zeros(rows, np.int64)
     lengths[: len(codes)] = [d.shape[1] - 1 for d in delayed]
-    state = init_state(config, params, rows)
+    state = _init_state(config, params, rows)
     for start in range(0, lengths.max(initial=0), chunk_frames):
         tokens = np.full((rows, config.num_streams, chunk_frames + 1), -1, np.int32)
         for row, d in enumerate(delayed):
@@ -93,6 +93,10 @@ def _score_group(
         nll, state = _score_chunk(config, params, state, tokens, length)
         progress(int(length.sum()))
         yield np.asarray(nll)
+
+
+# Jitted so that the state lies where the parameters lie: the first chunk then compiles for all of them.
+_init_state = jax.jit(init_state, static_argnums=(0, 2))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -108,7 +112,7 @@ def _score_chunk(config: MoshiConfig, params, state, tokens, length):
 
 
 def _forget_ttt(config: MoshiConfig, params, state, rows: int):
-    fresh = init_state(config, params, rows)
+    fresh = _init_state(config, params, rows)
     return tuple(old._replace(ttt=new.ttt) for old, new in zip(state, fresh, strict=True))
 
 

@@ -41,9 +41,12 @@ def mean_over_recordings(sums: np.ndarray, counts: np.ndarray, seed: int = 0) ->
 
 
 def position_edges(context_frames: int, longest_frames: int) -> list[int]:
-    """Bucket borders in frames: quarters of the attention context up to one context, then doubling, to the longest end."""
+    """Bucket borders in frames: quarters of the attention context up to one context, then doubling.
+
+    The last bucket reaches to the longest recording's end and is at least half as long as it would be in full.
+    """
     edges = [0, max(1, context_frames // 4), max(2, context_frames // 2), max(3, context_frames)]
     while edges[-1] < longest_frames:
         edges.append(2 * edges[-1])
-    kept = [edge for edge in edges if edge < longest_frames]
+    kept = [edge for edge in edges if 3 * edge <= 2 * longest_frames]
     return [*kept, max(longest_frames, 1)]

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.layers.dtypes import wide_dtype
+from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.rope import RotaryEmbedding, rotate
 
 Kind = Literal["window", "segment"]
@@ -210,7 +210,7 @@ def _rotated(rope: RotaryEmbedding | None, x, positions):
 
 def _softmax_attention(q, sets: list[_KeySet]):
     """One softmax over several key sets, without joining their keys. Leading axes `...` are shared."""
-    wide = wide_dtype(q.dtype)
+    wide = at_least_float32(q.dtype)
     scale = q.shape[-1] ** -0.5
     logits = []
     for keys, _, visible in sets:

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.layers.dtypes import wide_dtype
+from ttt_jax.dtypes import at_least_float32
 
 
 def rms_norm(x: jax.Array, alpha: jax.Array, *, eps: float = 1e-8) -> jax.Array:
@@ -15,7 +15,7 @@ def rms_norm(x: jax.Array, alpha: jax.Array, *, eps: float = 1e-8) -> jax.Array:
         alpha: `[width]` scale.
         eps: added to the mean square; Moshi uses 1e-8.
     """
-    wide = wide_dtype(x.dtype)
+    wide = at_least_float32(x.dtype)
     x32 = x.astype(wide)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     alpha = alpha.astype(wide).reshape((1,) * (x.ndim - 1) + alpha.shape)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.layers.dtypes import wide_dtype
+from ttt_jax.dtypes import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ def rotate(rope: RotaryEmbedding, x: jax.Array, positions: jax.Array) -> jax.Arr
     head_dim = x.shape[-1]
     if head_dim % 2:
         raise ValueError(f"x must have an even head dim to rotate pairs, got shape {x.shape}")
-    wide = wide_dtype(x.dtype)
+    wide = at_least_float32(x.dtype)
     frequencies = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
     positions = positions.reshape((1,) * (x.ndim - 2 - positions.ndim) + positions.shape)
     angles = positions.astype(wide)[..., None, None] * frequencies.reshape((1,) * (x.ndim - 1) + (-1,))

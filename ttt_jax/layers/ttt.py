@@ -1,8 +1,8 @@
 """The TTT layer: projections around the TTT operation, in the two published forms.
 
 `TTTConfig.ttt_lm` is the layer of Sun et al. 2024 (causal, learned token scale, RoPE by position in the mini-batch),
-`TTTConfig.video_dit` that of Dalal et al. 2025 (bidirectional, L2-normalised Q and K, reconstruction target in LayerNorm's
-form). They differ in many small ways; `TTTConfig` names each.
+`TTTConfig.video_dit` that of Dalal et al. 2025 (bidirectional, L2-normalised Q and K, reconstruction target in
+LayerNorm's form). They differ in many small ways; `TTTConfig` names each.
 """
 
 import dataclasses
@@ -70,7 +70,8 @@ class TTTConfig:
                 raise ValueError(f"{name}: expected an int >= 1, got {value!r}.")
         if self.width % self.num_heads or self.head_dim % 2:
             raise ValueError(
-                f"num_heads: expected heads of an even size (rotary pairs), got width {self.width} in {self.num_heads} heads."
+                f"num_heads: expected heads of an even size (rotary pairs), got width {self.width} in "
+                f"{self.num_heads} heads."
             )
         for name in ("base_lr", "rope_theta", "eps"):
             if not getattr(self, name) > 0:
@@ -211,7 +212,8 @@ class TTTLayer(nn.Module):
           state: what the previous call returned; None starts every row afresh.
           length: [B] int, real tokens of each row; the others return zeros, change nothing, and never matter.
           reset: [B] bool, rows that start afresh before their first token.
-          positions: [B, T] int, for layers that rotate by position in the sequence; default 0, 1, ... from the row's start.
+          positions: [B, T] int, for layers that rotate by position in the sequence; default 0, 1, ... from the row's
+            start.
 
         Returns:
           [B, T, width] in `dtype`, and the state after the last real token.

@@ -1,7 +1,8 @@
 """The TTT operation as users call it: checked arguments, one dispatch, any implementation.
 
-The maths is that of Sun et al. 2024 (arXiv 2407.04620): each row and head holds a small model that is trained by gradient
-descent while the sequence is read. For a mini-batch of C tokens and the model f with weights theta at its start,
+The maths is that of Sun et al. 2024 (arXiv 2407.04620): each row and head holds a small model that is trained by
+gradient descent while the sequence is read. For a mini-batch of C tokens and the model f with weights theta at its
+start,
 
     g[j]   = d/d theta 1/2 * sum((LN(f(k[j]; theta)) - (v[j] - k[j]))^2)
     out[i] = q[i] + LN(f(q[i]; theta - token_scale[i] * sum_j lr[j] g[j]))      over j <= i (causal) or all j
@@ -45,7 +46,8 @@ def ttt_linear(
     """TTT with the inner model `f(x) = x w1 + b1`; the module's docstring has the equations.
 
     Causal calls may split a sequence anywhere (T = 0 included) and give the outputs and the final state of one call.
-    Non-causal mini-batches start at the call's first token; a short last one is applied too, a pending causal state first, and
+    Non-causal mini-batches start at the call's first token; a short last one is applied too, a pending causal state
+    first, and
     the count returned is 0: their splits are exact at multiples of C.
 
     Args:
@@ -58,8 +60,8 @@ def ttt_linear(
       causal: whether token i reads only the gradients of tokens j <= i of its mini-batch.
       token_scale: [C] float32 (or float64); default 1/(i+1) when causal, else 1/C.
       state: what an earlier call returned; None starts every row from `params`.
-      length: [B] int, clipped to [0, T]: tokens of each row that are real. The others return zeros, change nothing, get zero
-        gradient, and their values never matter.
+      length: [B] int, clipped to [0, T]: tokens of each row that are real. The others return zeros, change nothing, get
+        zero gradient, and their values never matter.
       reset: [B] bool: rows that restart from `params` before their first token, also at length 0.
       eps: of the inner LayerNorm, > 0.
       remat_every: mini-batches per checkpoint in the backward pass, >= 1.
@@ -150,10 +152,10 @@ def ttt_loss(
     """Inner losses `mean((LN(f(k)) - (v - k))^2)` of every mini-batch; arguments and errors as `ttt_linear`.
 
     Returns:
-      initial, before, after, each [B, H, N]: the loss over the mini-batch's real tokens of this call and D under the initial
-      fast weights, under those at the mini-batch's start, and with its gradient so far applied as at its end. A mini-batch
-      without a real token has 0. N = ceil(T/C); causal calls that continue a state may start inside a mini-batch, which gives
-      N = ceil((T+C-1)/C) (1 for T = 1), the first being the one that was open.
+      initial, before, after, each [B, H, N]: the loss over the mini-batch's real tokens of this call and D under the
+      initial fast weights, under those at the mini-batch's start, and with its gradient so far applied as at its end. A
+      mini-batch without a real token has 0. N = ceil(T/C); causal calls that continue a state may start inside a
+      mini-batch, which gives N = ceil((T+C-1)/C) (1 for T = 1), the first being the one that was open.
     """
     _check_params(params, TTTParams, "ttt_loss")
     return _dispatch(

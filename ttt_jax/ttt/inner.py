@@ -75,14 +75,13 @@ def mlp_predict(weights: Weights, x: jax.Array) -> jax.Array:
 
 
 class Tokens(NamedTuple):
-    """One mini-batch: q, k, target [..., C, D]; lr, the step size of each token as source, [..., C, 1]; token_scale, what
-    each token as reader multiplies all step sizes by, [..., C, 1]."""
+    """One mini-batch of C tokens, each a source (k, target, lr) and a reader (q, token_scale) of gradients."""
 
-    q: jax.Array
+    q: jax.Array  # [..., C, D]
     k: jax.Array
     target: jax.Array
-    lr: jax.Array
-    token_scale: jax.Array
+    lr: jax.Array  # [..., C, 1], step size of the token's gradient
+    token_scale: jax.Array  # [..., C, 1], what the token multiplies all step sizes by
 
 
 class DualResult(NamedTuple):
@@ -96,8 +95,9 @@ class DualResult(NamedTuple):
 def _read_updated(x, keys, gradient, tokens: Tokens, pending: Weights | None, causal: bool) -> jax.Array:
     """What the mini-batch's updates take away from a dense layer's output at `x`.
 
-    `token_scale_i * sum_j (x_i . keys_j + 1) gradient_j` over the sources j that token i sees (the 1 is the bias's part),
-    plus the same for the gradient that was already pending. The C x C step sizes never exist: lr is inside `gradient`.
+    `token_scale_i * sum_j (x_i . keys_j + 1) gradient_j` over the sources j that token i sees (the 1 is the bias's
+    part), plus the same for the gradient that was already pending. The C x C step sizes never exist: lr is inside
+    `gradient`.
     """
     mixing = x @ jnp.swapaxes(keys, -1, -2) + 1
     if causal:

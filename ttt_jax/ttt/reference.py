@@ -1,4 +1,4 @@
-"""The primal form, one token at a time, for one row and one head: the definition that the fast forms are tested against.
+"""The primal form, one token at a time for one row and head: the definition that the fast forms are tested against.
 
 Nothing here is hand-derived: gradients come from `jax.grad` of the inner loss.
 """

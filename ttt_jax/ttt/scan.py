@@ -1,7 +1,7 @@
 """The dual form over mini-batches by `lax.scan`: exact, differentiable, and the same on every backend.
 
-Tokens are laid out in slots. Each row starts at the slot where its open mini-batch stopped, so mini-batch borders of all rows
-fall on the same slots; slots without a real token have k = v = q = 0 and step size 0 and change nothing.
+Tokens are laid out in slots. Each row starts at the slot where its open mini-batch stopped, so mini-batch borders of
+all rows fall on the same slots; slots without a real token have k = v = q = 0 and step size 0 and change nothing.
 """
 
 from functools import partial
@@ -73,11 +73,11 @@ def _slots(call: Call, layout: _Layout) -> _Slots:
         return _to_slots(jnp.where(call.is_real[:, :, None, None], x, 0), layout)
 
     k = slots(call.k)
+    count = jnp.zeros(batch_size, jnp.int32) if call.state is None else call.state.count
     if layout.size == call.mini_batch_size:
         token_scale = jnp.broadcast_to(call.token_scale, (layout.num_mini_batches, 1, 1, layout.size))
     else:
-        token_scale = call.token_scale[call.state.count][None, :, None, None]
-    count = jnp.zeros(batch_size, jnp.int32) if call.state is None else call.state.count
+        token_scale = call.token_scale[count][None, :, None, None]
     ends = (jnp.arange(layout.num_mini_batches, dtype=jnp.int32) + 1) * call.mini_batch_size
     full = ((count + call.lengths)[None] >= ends[:, None]) if call.causal else jnp.ones((len(ends), batch_size), bool)
     return _Slots(

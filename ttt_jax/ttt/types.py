@@ -44,8 +44,8 @@ TTTParams = TTTLinearParams | TTTMLPParams
 class TTTState(NamedTuple):
     """Hidden state of every row and head: a model in training, cut anywhere in its stream.
 
-    `weights` and `gradient` are (w1, b1) or (w1, b1, w2, b2), each with leading axes [B, H] and float32 (float64 when the
-    operation computes in float64).
+    `weights` and `gradient` are (w1, b1) or (w1, b1, w2, b2), each with leading axes [B, H] and float32 (float64 when
+    the operation computes in float64).
     """
 
     weights: tuple[jax.Array, ...]  # fast weights at the start of the open mini-batch

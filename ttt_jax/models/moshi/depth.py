@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.layers.dtypes import wide_dtype
+from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.mlp import gated_hidden_size, gated_silu
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.models.moshi.config import MoshiConfig
@@ -45,7 +45,7 @@ def step_product(x: jax.Array, weights: jax.Array, sets: Sequence[int]) -> jax.A
 def step_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention over steps, all `[steps, P, H, D]`: the last query sees every key, the one before all but the last."""
     queries, keys = q.shape[0], k.shape[0]
-    wide = wide_dtype(q.dtype)
+    wide = at_least_float32(q.dtype)
     logits = jnp.einsum("sphd,tphd->phst", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
     seen = jnp.tril(jnp.ones((queries, keys), bool), k=keys - queries)
     weights = jax.nn.softmax(jnp.where(seen[None, None], logits, -1e30), axis=-1)
@@ -121,7 +121,7 @@ class DepthTransformer(nn.Module):
     def logits(self, x: jax.Array, steps: Sequence[int] | None = None) -> jax.Array:
         """`[S, P, depformer_dim]` of `steps` (default all) to float32 `[S, P, card]`."""
         steps = range(self.config.dep_q) if steps is None else steps
-        return step_product(x, self.linears, steps).astype(wide_dtype(x.dtype))
+        return step_product(x, self.linears, steps).astype(at_least_float32(x.dtype))
 
     def _inputs(self, z, steps, tokens):
         """`depformer_in[s_j] z` plus the embedding of the token before step j."""

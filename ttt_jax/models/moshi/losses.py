@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.layers.dtypes import wide_dtype
+from ttt_jax.dtypes import at_least_float32
 from ttt_jax.models.moshi.model import MoshiOutput
 
 
@@ -27,7 +27,7 @@ def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
     Targets outside the vocabulary (masked ones) give finite values that mean nothing.
     """
-    logits = logits.astype(wide_dtype(logits.dtype))
+    logits = logits.astype(at_least_float32(logits.dtype))
     index = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     # A select fuses with the softmax in both directions; gathering would scatter in the backward pass.
     chosen = jnp.sum(jnp.where(index == targets[..., None], logits, 0), axis=-1)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.attention import AttentionCache, init_attention_cache, segment_attention, window_attention
-from ttt_jax.layers.dtypes import wide_dtype
 from ttt_jax.layers.mlp import KERNEL_INIT, GatedMLP, gated_hidden_size
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.layers.rope import RotaryEmbedding
@@ -184,7 +184,7 @@ class Moshi(nn.Module):
             x, layer_state = layer(x, None if state is None else state[i], length, reset)
             states.append(layer_state)
         z = self.out_norm(x)
-        wide = wide_dtype(z.dtype)
+        wide = at_least_float32(z.dtype)
         text_logits = jnp.einsum("btd,dv->btv", z, self.text_linear.astype(z.dtype), preferred_element_type=wide)
         return z, text_logits[:, None], tuple(states)
 
