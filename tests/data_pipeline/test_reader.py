@@ -120,6 +120,14 @@ def test_frames_are_about_equally_likely_and_short_recordings_padded():
 def test_a_missing_dataset_says_how_to_make_one(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no finished token dataset.*ttt_jax\.data\.prepare"):
         reader.open_dataset(tmp_path / "nowhere", "train")
+    with pytest.raises(FileNotFoundError, match=r"no finished token dataset.*ttt_jax\.data\.prepare"):
+        reader.splits(tmp_path / "nowhere")
+
+
+def test_splits_are_those_that_can_be_opened(small_dataset):
+    assert reader.splits(small_dataset) == ["train", "test"]
+    for split in reader.splits(small_dataset):
+        assert len(reader.open_dataset(small_dataset, split)) >= 1
 
 
 def test_bad_input(small_dataset, train):

@@ -63,13 +63,7 @@ def open_dataset(directory: str | pathlib.Path, split: str) -> TokenDataset:
         ValueError: the split does not exist, or the dataset's description is broken.
     """
     directory = pathlib.Path(directory)
-    if not (directory / INFO_FILE).is_file():
-        raise FileNotFoundError(
-            f"no finished token dataset at {directory} (no {INFO_FILE}); make one with "
-            f"`python -m ttt_jax.data.prepare --audio=DIR --output={directory}` or "
-            f"`python -m ttt_jax.data.conversations --hours=8 --output={directory}`, or rerun the one that was stopped"
-        )
-    info, num_frames = info_from_json(directory / INFO_FILE)
+    info, num_frames = _finished(directory)
     if split not in num_frames:
         raise ValueError(f"split: expected one of {list(num_frames)}, which {directory} holds, got {split!r}")
     source = load_builder(directory).as_data_source(split=split)  # pyright: ignore[reportCallIssue]
@@ -79,6 +73,27 @@ def open_dataset(directory: str | pathlib.Path, split: str) -> TokenDataset:
             f"the dataset holds {len(source)}; its files do not belong together: make the dataset again"
         )
     return TokenDataset(source, info, num_frames[split])
+
+
+def splits(directory: str | pathlib.Path) -> list[str]:
+    """Names of the splits that a finished dataset directory holds; a small dataset may lack validation.
+
+    Raises:
+        FileNotFoundError: there is no finished dataset.
+        ValueError: the dataset's description is broken.
+    """
+    _, num_frames = _finished(pathlib.Path(directory))
+    return list(num_frames)
+
+
+def _finished(directory: pathlib.Path) -> tuple[TokenInfo, dict[str, list[int]]]:
+    if not (directory / INFO_FILE).is_file():
+        raise FileNotFoundError(
+            f"no finished token dataset at {directory} (no {INFO_FILE}); make one with "
+            f"`python -m ttt_jax.data.prepare --audio=DIR --output={directory}` or "
+            f"`python -m ttt_jax.data.conversations --hours=8 --output={directory}`, or rerun the one that was stopped"
+        )
+    return info_from_json(directory / INFO_FILE)
 
 
 def batches(dataset: TokenDataset, *, seed: int, batch_size: int, num_frames: int) -> grain.MapDataset:
