@@ -1,1 +1,5 @@
-"""Models built from the layers."""
+"""Models built from the layers, one package each."""
+
+from ttt_jax.models import moshi
+
+__all__ = ["moshi"]
