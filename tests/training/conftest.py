@@ -63,8 +63,10 @@ class Run:
         return max((line["step"] for line in self.lines()), default=0)
 
     def checkpoint_names(self) -> list[str]:
+        """Finished ones ("7") and those being written ("7.orbax..."), by step."""
         root = self.workdir / "checkpoints"
-        return sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        names = [path.name for path in root.iterdir()] if root.is_dir() else []
+        return sorted(names, key=lambda name: int(name.split(".")[0]))
 
     def wait(self, process: subprocess.Popen, condition) -> None:
         """Returns when `condition()` holds; fails when the process ends before."""

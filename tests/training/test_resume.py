@@ -1,4 +1,4 @@
-"""Kill and resume (invariant 12), on the real train.py in processes of its own."""
+"""A run that is killed and resumed ends as an undisturbed one: the real train.py, in processes of its own."""
 
 import os
 import random
