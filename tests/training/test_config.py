@@ -26,6 +26,11 @@ def make(**sections) -> ExperimentConfig:
         ({"optimizer": {"learning_rate": float("nan")}}, r"learning_rate: expected more than 0, got nan"),
         ({"model": {"ttt": {"layers": (1,), "mini_batch_size": 0}}}, r"config\.model\.ttt: .*mini_batch_size"),
         ({"model": {"dim": 65, "num_heads": 2}}, r"config\.model: .*num_heads"),
+        (
+            {"model": {"dim": 32, "num_heads": 2, "ttt": {"layers": (1,), "num_heads": 32}}},
+            r"config\.model: ttt\.num_heads",
+        ),
+        ({"model": {"ttt": {"layers": (1,), "base_lr": -1}}}, r"config\.model\.ttt: ttt\.base_lr must be > 0"),
         ({"model": {"ttt": {"layer": (1,)}}}, r"config\.model\.ttt\.layer: .*`layers`"),
         ({"data": {"directory": "x", "num_frames": 0}}, r"config\.data: num_frames: expected at least 2 frames, got 0"),
         ({"checkpoint": {"keep": 1}}, r"keep: expected at least 2"),
@@ -48,11 +53,24 @@ def test_the_vocabulary_comes_from_the_dataset():
     assert (model.n_q, model.dep_q, model.card, model.text_card) == (16, 8, 512, 300)
     with pytest.raises(ValueError, match=r"config\.model\.card: the dataset has 512, the config says 2048"):
         with_vocabulary({"card": 2048}, INFO)
+    with pytest.raises(ValueError, match=r"config\.model\.dep_q: the dataset has 8, the config says 4"):
+        with_vocabulary({"dep_q": 4}, INFO)
 
 
-def test_a_workdir_belongs_to_one_experiment(tmp_path):
+def test_a_start_that_came_to_nothing_does_not_claim_the_workdir(tmp_path):
+    claim_workdir(tmp_path, make(seed=1))
+    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
+    claim_workdir(tmp_path, make(seed=2))
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2
+    (tmp_path / "checkpoints" / "7").mkdir()
+    with pytest.raises(ValueError, match="seed: 2 -> 3"):
+        claim_workdir(tmp_path, make(seed=3))
+
+
+def test_a_workdir_with_a_checkpoint_belongs_to_one_experiment(tmp_path):
     config = make()
     claim_workdir(tmp_path, config)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     logging_only = make(log={"every_steps": 3}, checkpoint={"keep": 7})
     claim_workdir(tmp_path, logging_only)
     assert json.loads((tmp_path / "config.json").read_text())["checkpoint"]["keep"] == 7

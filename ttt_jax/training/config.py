@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from ttt_jax.checkpoint import CHECKPOINTS, step_directories
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import MoshiConfig
@@ -167,6 +168,7 @@ def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:
     """
     vocabulary = {
         "n_q": 2 * info.num_codebooks,
+        "dep_q": info.num_codebooks,
         "card": info.card,
         "text_card": info.text_card,
         "existing_text_padding_id": info.text_padding_id,
@@ -178,20 +180,22 @@ def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:
                 f"config.model.{name}: the dataset has {value}, the config says {model[name]!r}. "
                 "Leave it out of the config: it is read from the dataset."
             )
-    return from_mapping(MoshiConfig, {"dep_q": info.num_codebooks, **model, **vocabulary}, "config.model")
+    return from_mapping(MoshiConfig, {**model, **vocabulary}, "config.model")
 
 
 def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     """Writes `config.json` into `workdir`, or checks that the one there is the same experiment.
 
-    Sections named in `RESUMABLE` may differ; the file then takes the new values.
+    Sections named in `RESUMABLE` may differ; the file then takes the new values. While there is no finished checkpoint
+    there is nothing to go on with, and any config may take the place of the one there.
 
     Raises:
         ValueError: The directory belongs to another experiment; lists the fields that differ.
     """
     path = workdir / "config.json"
     new = json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.exists():
+    checkpoints = workdir / CHECKPOINTS
+    if path.exists() and checkpoints.is_dir() and step_directories(checkpoints):
         old = json.loads(path.read_text())
         differing = [d for d in _differences(old, new) if not d.startswith(RESUMABLE)]
         if differing:

@@ -57,6 +57,8 @@ class TTTInsertion:
                 _check_positive(f"ttt.{name}", getattr(self, name))
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"ttt.layers must not repeat, got {self.layers}")
+        if self.base_lr is not None and not self.base_lr > 0:
+            raise ValueError(f"ttt.base_lr must be > 0, or None for the published value, got {self.base_lr!r}")
         if self.gate_init == 0:
             raise ValueError("ttt.gate_init must not be 0: neither the gate's layer nor the gate would get a gradient")
 
@@ -228,6 +230,11 @@ class MoshiConfig:
             raise ValueError(f"ttt.layers must lie in 0 .. {self.num_layers - 1} (num_layers - 1), got {bad}")
         heads = self.ttt.num_heads or self.num_heads
         _check_divisible("dim", self.dim, "ttt.num_heads", heads)
+        if self.dim // heads % 2:
+            raise ValueError(
+                f"ttt.num_heads must leave heads of an even size for the rotary embedding, "
+                f"got dim / ttt.num_heads = {self.dim} / {heads} = {self.dim // heads}"
+            )
 
 
 def check_codes(config: MoshiConfig, codes) -> None:
