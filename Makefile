@@ -8,7 +8,7 @@ RUN := runs/quickstart
 
 # Synthesises conversations, tokenises them, trains a small Moshi with TTT layers and reports on held-out voices.
 quickstart: $(INSTALLED)
-	$(BIN)/python -m ttt_jax.data.conversations --hours=7 --min_minutes=5 --max_minutes=12 --seed=0 --output=$(DATA)
+	$(BIN)/python -m ttt_jax.data.conversations --hours=6 --min_minutes=5 --max_minutes=12 --seed=0 --output=$(DATA)
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(RUN) --config.data.directory=$(DATA)
 	$(BIN)/python eval.py --workdir=$(RUN) --benchmark=nll_by_position
 	@echo "report:       $(RUN)/report.html"
@@ -29,13 +29,13 @@ format: $(INSTALLED)
 # The operation needs JAX alone, so its tests run on the newest release.
 newest-jax:
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install --quiet --upgrade jax pytest
+	.venv-newest/bin/pip install --upgrade jax pytest
 	PYTHONPATH=.:kernels .venv-newest/bin/python -m pytest tests/ttt -p no:cacheprovider
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
 clean:

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     from ttt_jax.evaluation.run import run
 
     data, output = (None if flag.value is None else pathlib.Path(flag.value) for flag in (DATA, OUTPUT))
-    model = pathlib.Path(WORKDIR.value or CHECKPOINT.value)
+    model = pathlib.Path(WORKDIR.value or CHECKPOINT.value or "")
     print(run(model, BENCHMARK.value, data=data, split=SPLIT.value, output=output))
 
 

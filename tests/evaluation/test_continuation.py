@@ -15,13 +15,21 @@ def test_prompt_is_kept_and_the_rest_is_the_models_own(config, params, recording
     np.testing.assert_array_equal(continued.tokens[:, :9], codes[:3, :9])
     # Greedy tokens are the likeliest ones: no other token in their place scores better, given the same past.
     spoken = np.concatenate([continued.tokens, codes[3:, :17]])
-    variants = []
-    for token in range(config.text_card):
-        variant = spoken.copy()
-        variant[0, 12] = token
-        variants.append(variant)
-    scores = [s[0, 12] for s in score_recordings(config, params, [spoken, *variants], chunk_frames=8)]
-    assert scores[0] <= min(scores[1:]) + 1e-5
+    for stream in range(3):
+        for frame in (9, 13):
+            variants = [spoken.copy() for _ in range(config.card)]
+            for token, variant in enumerate(variants):
+                variant[stream, frame] = token
+            scores = [s[stream, frame] for s in score_recordings(config, params, [spoken, *variants], chunk_frames=17)]
+            assert scores[0] <= min(scores[1:]) + 1e-5
+
+
+def test_a_recording_without_text_gets_none(config, params, recordings):
+    codes = np.where(recordings[0] < 0, 0, recordings[0])
+    codes[0] = -1
+    continued = continue_recording(config, params, codes, prompt_frames=9, num_frames=8)
+    np.testing.assert_array_equal(continued.tokens[0], -1)
+    assert (continued.tokens[1:] >= 0).all()
 
 
 def test_sampling_follows_the_seed_and_stops_with_the_recording(config, params, recordings):

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from ttt_jax.checkpoint import save_model
-from ttt_jax.data import conversations
+from ttt_jax.checkpoint import load, save_model
+from ttt_jax.data import conversations, prepare
 from ttt_jax.data.reader import open_dataset
-from ttt_jax.evaluation.nll_by_position import silent_frames
+from ttt_jax.evaluation.nll_by_position import nll_by_position, silent_frames
+from ttt_jax.evaluation.run import run
 from ttt_jax.models.moshi import Moshi, MoshiConfig, TTTInsertion
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,18 +28,21 @@ def dataset(tmp_path_factory):
     return output
 
 
-@pytest.fixture(scope="module")
-def checkpoint(dataset, tmp_path_factory):
-    info = open_dataset(dataset, "test").info
+def save_untrained(directory, info):
+    """A tiny Moshi with TTT for a dataset's streams, as initialized."""
     config = MoshiConfig(
         dim=16, num_heads=2, num_layers=2, context=20, depformer_dim=8, depformer_dim_feedforward=16,
         depformer_num_heads=2, depformer_num_layers=1, text_card=info.text_card, card=info.card,
         ttt=TTTInsertion(layers=(1,)),
     )  # fmt: skip
     params = jax.jit(Moshi(config).init)(jax.random.key(0), np.zeros((1, 17, 2), np.int32))["params"]
-    directory = tmp_path_factory.mktemp("model") / "tiny"
     save_model(directory, config, params)
     return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoint(dataset, tmp_path_factory):
+    return save_untrained(tmp_path_factory.mktemp("model") / "tiny", open_dataset(dataset, "test").info)
 
 
 def evaluate(*flags):
@@ -46,12 +50,21 @@ def evaluate(*flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+def read_strictly(path):
+    """JSON as other languages read it: no NaN."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
 def test_writes_everything_it_promises(checkpoint, dataset, tmp_path):
     done = evaluate(
         f"--checkpoint={checkpoint}", f"--data={dataset}", "--benchmark=nll_by_position", f"--output={tmp_path}"
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "nll_by_position.json").read_text())
+    result = read_strictly(tmp_path / "nll_by_position.json")
     test = open_dataset(dataset, "test")
     assert result["num_frames"] == test.num_frames.sum()
     assert [s["name"] for s in result["streams"]] == ["text", *(f"codebook {k}" for k in range(8))]
@@ -76,6 +89,21 @@ def test_writes_everything_it_promises(checkpoint, dataset, tmp_path):
     assert (tmp_path / "nll_by_position.png").stat().st_size > 10_000
     assert "codebook 7" in done.stdout
     assert str(tmp_path / "report.html") in done.stdout
+
+
+def test_untranscribed_audio_without_a_validation_split(tmp_path):
+    """Two mono wavs: no text, no other speaker, two splits."""
+    (tmp_path / "audio").mkdir()
+    noise = np.random.default_rng(0).standard_normal(40_000) * 0.1
+    for name in ("a", "b"):
+        soundfile.write(tmp_path / "audio" / f"{name}.wav", noise, 8000)
+    prepare.make(tmp_path / "audio", tmp_path / "tokens")
+    save_untrained(tmp_path / "model", open_dataset(tmp_path / "tokens", "test").info)
+    run(tmp_path / "model", ["nll_by_position"], data=tmp_path / "tokens", split="test", output=tmp_path / "results")
+    result = read_strictly(tmp_path / "results" / "nll_by_position.json")
+    assert result["streams"][0]["model"]["mean"] is None
+    assert result["streams"][1]["model"]["mean"] > 0
+    assert "no tokens" in (tmp_path / "results" / "report.html").read_text()
 
 
 def test_silent_frames_follow_the_audio(dataset):
@@ -113,9 +141,6 @@ def test_wrong_flags_are_named_and_nothing_is_written(flags, message, checkpoint
 
 
 def test_a_model_of_other_streams_is_refused(checkpoint, dataset, tmp_path):
-    from ttt_jax.checkpoint import load
-    from ttt_jax.evaluation.nll_by_position import nll_by_position
-
     config, params = load(checkpoint)
     test = open_dataset(dataset, "test")
     with pytest.raises(ValueError, match="expected card 100 as the model has, got 512"):

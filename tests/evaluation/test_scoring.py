@@ -1,5 +1,6 @@
 """Scores of whole recordings: chunked = streamed frame by frame = one pass; each frame before the state learns it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -54,6 +55,11 @@ def test_chunks_and_neighbours_change_nothing(config, params, recordings, chunk_
     assert [s.shape for s in together] == [(3, 23), (3, 1), (3, 9), (3, 0)]
     for codes, scores in zip(recordings, together, strict=True):
         np.testing.assert_allclose(scores, score(config, params, [codes])[0], **CLOSE)
+
+
+def test_recordings_without_frames_have_no_scores(config, params, recordings):
+    together = dataclasses.replace(config, delays=(0,) * config.num_streams)
+    assert [s.shape for s in score(together, params, [recordings[3], recordings[3]])] == [(3, 0), (3, 0)]
 
 
 def test_a_frame_is_scored_before_the_state_learns_it(config, params, recordings):

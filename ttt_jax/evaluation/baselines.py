@@ -14,12 +14,16 @@ class StreamTable:
 
     Attributes:
       unigram: [card], probabilities with one added count each.
-      pairs: [card, card], counts of (previous, present).
-      prior_strength: pseudo-counts of the unigram that every row of `pairs` is smoothed with.
+      row_totals: [card], how often a token has been followed by any other.
+      pairs: [P], sorted numbers `previous * card + present` of the pairs that were seen.
+      pair_counts: [P], how often.
+      prior_strength: pseudo-counts of the unigram that every row is smoothed with.
     """
 
     unigram: np.ndarray
+    row_totals: np.ndarray
     pairs: np.ndarray
+    pair_counts: np.ndarray
     prior_strength: float = 10.0
 
     def unigram_nll(self, tokens: np.ndarray) -> np.ndarray:
@@ -29,23 +33,63 @@ class StreamTable:
     def bigram_nll(self, tokens: np.ndarray) -> np.ndarray:
         """Nats of each token of [T] given the frame before (the first frame, or one after a gap, by the unigram)."""
         nll = self.unigram_nll(tokens)
-        before, now = tokens[:-1], tokens[1:]
-        both = (before >= 0) & (now >= 0)
-        count = self.pairs[before[both], now[both]]
-        total = self.pairs.sum(axis=1)[before[both]]
-        probability = (count + self.prior_strength * self.unigram[now[both]]) / (total + self.prior_strength)
-        nll[1:][both] = -np.log(probability)
+        before, now = _neighbours(tokens)
+        pair = before * len(self.unigram) + now
+        at = np.minimum(np.searchsorted(self.pairs, pair), len(self.pairs) - 1)
+        count = np.where(self.pairs[at] == pair, self.pair_counts[at], 0) if len(self.pairs) else np.zeros(len(pair))
+        prior = self.prior_strength * self.unigram[now]
+        seen = (tokens[:-1] >= 0) & (tokens[1:] >= 0)
+        nll[1:][seen] = -np.log((count + prior) / (self.row_totals[before] + self.prior_strength))
         return nll
 
 
-def fit_table(train: Iterable[np.ndarray], card: int, validation: Sequence[np.ndarray] = ()) -> StreamTable:
-    """A stream's table from its training tokens ([T] each), smoothed as suits the validation tokens best."""
-    counts, pairs = np.ones(card), np.zeros((card, card), np.float64)
-    for tokens in train:
-        counts += np.bincount(tokens[tokens >= 0], minlength=card)
-        both = (tokens[:-1] >= 0) & (tokens[1:] >= 0)
-        np.add.at(pairs, (tokens[:-1][both], tokens[1:][both]), 1)
-    table = StreamTable(counts / counts.sum(), pairs)
+def fit_tables(
+    train: Iterable[np.ndarray], cards: Sequence[int], validation: Iterable[np.ndarray] = ()
+) -> list[StreamTable]:
+    """A table for each of the first `len(cards)` streams of recordings [streams, T], read one recording at a time.
+
+    Args:
+      train: recordings that are counted.
+      cards: vocabulary of each stream.
+      validation: recordings whose likelihood chooses the smoothing, stream by stream.
+    """
+    counters = [_Counter(card) for card in cards]
+    for codes in train:
+        for counter, tokens in zip(counters, codes, strict=False):
+            counter.add(tokens)
+    tables = [counter.table() for counter in counters]
+    held_out = [codes[: len(cards)].copy() for codes in validation]
+    return [_smoothed(table, [codes[k] for codes in held_out]) for k, table in enumerate(tables)]
+
+
+class _Counter:
+    def __init__(self, card: int):
+        self.card = card
+        self.counts = np.ones(card)
+        self.pairs = np.zeros(0, np.int64)
+        self.pair_counts = np.zeros(0)
+
+    def add(self, tokens: np.ndarray) -> None:
+        self.counts += np.bincount(tokens[tokens >= 0], minlength=self.card)
+        before, now = _neighbours(tokens)
+        numbers = np.concatenate([self.pairs, before * self.card + now])
+        weights = np.concatenate([self.pair_counts, np.ones(len(now))])
+        self.pairs, where = np.unique(numbers, return_inverse=True)
+        self.pair_counts = np.bincount(where, weights, minlength=len(self.pairs))
+
+    def table(self) -> StreamTable:
+        totals = np.bincount(self.pairs // self.card, self.pair_counts, minlength=self.card)
+        return StreamTable(self.counts / self.counts.sum(), totals, self.pairs, self.pair_counts)
+
+
+def _neighbours(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of [T] that follow another, and the one before each."""
+    before, now = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+    both = (before >= 0) & (now >= 0)
+    return before[both], now[both]
+
+
+def _smoothed(table: StreamTable, validation: Sequence[np.ndarray]) -> StreamTable:
     if not any((tokens >= 0).any() for tokens in validation):
         return table
     candidates = [dataclasses.replace(table, prior_strength=strength) for strength in PRIOR_STRENGTHS]

@@ -38,7 +38,7 @@ def continue_recording(
 ) -> Continuation:
     """Stream a recording frame by frame: the main speaker as recorded for `prompt_frames`, then as the model samples.
 
-    The other speaker is heard as recorded throughout.
+    The other speaker is heard as recorded throughout. Where the recording has no text, the model gets none.
 
     Args:
       config: of the model.
@@ -58,6 +58,7 @@ def continue_recording(
     stream = jax.jit(init_stream, static_argnums=(0, 2))(config, params, 1)
     key, spoken = jax.random.key(seed), []
     delays = np.asarray(config.delays[: 1 + config.dep_q])
+    has_text = (codes[0] >= 0).any()
     user = np.pad(codes[1 + config.dep_q :], ((0, 0), (0, config.max_delay)), constant_values=-1)
     for t in tqdm(range(total + config.max_delay), desc="continuing", unit="frame"):
         frame = t - delays  # what this call predicts of each stream
@@ -65,6 +66,8 @@ def continue_recording(
         own = codes[np.arange(1 + config.dep_q), np.clip(frame, 0, codes.shape[1] - 1)]
         # A stream's first frames are initial tokens whatever is written there, so any value does.
         forced = np.where(given | (frame < 0), np.where(frame < 0, 0, own), UNGENERATED_TOKEN)
+        if not has_text:
+            forced[0] = -1  # the model has never heard a text token beside such a recording
         tokens, stream = step(
             params,
             stream=stream,

@@ -15,13 +15,17 @@ from tqdm import tqdm
 
 from ttt_jax.data.codecs import get_codec
 from ttt_jax.data.reader import TokenDataset
-from ttt_jax.evaluation.baselines import StreamTable, empirical_entropy, fit_table
+from ttt_jax.evaluation.baselines import StreamTable, empirical_entropy, fit_tables
 from ttt_jax.evaluation.scoring import MEMORIES, score_recordings
 from ttt_jax.evaluation.statistics import Estimate, mean_over_recordings, position_edges
 from ttt_jax.models.moshi import MoshiConfig
 
 SILENCE_DB = -30.0
 """A frame is silent when its level is this far below the recording's loud frames (95th percentile)."""
+
+TEXT_SHARE_OF_ENTROPY = 1 / 3
+AUDIO_MARGIN_NATS = 0.2
+"""Bounds: text below a third of its stream's unigram entropy, every codebook this far below a bigram table."""
 
 Masks = list[np.ndarray]
 
@@ -35,6 +39,7 @@ class StreamSummary:
     unigram: float
     bigram: float
     unigram_entropy: float
+    bound: float  # what a model that learned something stays below on held-out voices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,7 @@ def nll_by_position(
     params: Any,
     dataset: TokenDataset,
     train: TokenDataset,
-    validation: TokenDataset,
+    validation: TokenDataset | None,
     *,
     split: str,
     segment_frames: int | None = None,
@@ -95,7 +100,7 @@ def nll_by_position(
       params: Moshi's parameter tree.
       dataset: held-out recordings, every one scored whole.
       train: recordings that the tables count.
-      validation: recordings that choose the tables' smoothing.
+      validation: recordings that choose the tables' smoothing; None keeps a fixed one.
       split: name of `dataset`'s split, for the result.
       segment_frames: frames between resets of the TTT state; None takes the model's attention context.
       batch_size: recordings walked side by side.
@@ -135,7 +140,9 @@ def nll_by_position(
         context_frames=context,
         segment_frames=segment,
         edges=edges,
-        streams=_summaries(config, scores["carried"], recordings, train, validation),
+        streams=_summaries(
+            config, scores["carried"], recordings, _Codes(train), _Codes(validation) if validation else ()
+        ),
         curves=curves,
         gains=gains,
     )
@@ -185,26 +192,25 @@ def stream_names(config: MoshiConfig) -> list[str]:
     return ["text", *(f"codebook {k}" for k in range(config.dep_q))]
 
 
-def _summaries(config, scores, recordings, train, validation) -> list[StreamSummary]:
-    summaries = []
+def _summaries(config, scores, recordings: Sequence[np.ndarray], train, validation) -> list[StreamSummary]:
     cards = [config.text_card] + [config.card] * config.dep_q
-    for k, (name, card) in enumerate(zip(stream_names(config), cards, strict=True)):
-        table = fit_table(_stream(train, k), card, list(_stream(validation, k)))
-        held_out = [codes[k] for codes in recordings]
+    tables = fit_tables(train, cards, validation)
+    own = [codes[: 1 + config.dep_q].copy() for codes in recordings]
+    summaries = []
+    for k, (name, card, table) in enumerate(zip(stream_names(config), cards, tables, strict=True)):
+        held_out = [codes[k] for codes in own]
+        bigram, entropy = _table_mean(table, held_out, "bigram_nll"), empirical_entropy(held_out, card)
         summaries.append(
             StreamSummary(
                 name=name,
                 model=_estimate([s[k] for s in scores]),
                 unigram=_table_mean(table, held_out, "unigram_nll"),
-                bigram=_table_mean(table, held_out, "bigram_nll"),
-                unigram_entropy=empirical_entropy(held_out, card),
+                bigram=bigram,
+                unigram_entropy=entropy,
+                bound=TEXT_SHARE_OF_ENTROPY * entropy if name == "text" else bigram - AUDIO_MARGIN_NATS,
             )
         )
     return summaries
-
-
-def _stream(dataset: TokenDataset, k: int):
-    return (dataset[i].codes[k] for i in range(len(dataset)))
 
 
 def _table_mean(table: StreamTable, held_out, method: str) -> float:

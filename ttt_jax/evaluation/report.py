@@ -19,24 +19,15 @@ th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; } audio { width: 100%; }
 """
 
-TEXT_SHARE_OF_ENTROPY = 1 / 3
-AUDIO_MARGIN_NATS = 0.2
-"""What a model that learned something reaches on held-out voices: text NLL below a third of the stream's entropy, every
-codebook this far below a bigram table."""
-
 
 def stream_rows(result: NLLByPosition) -> list[list[str]]:
     """One row a stream: name, model, interval, tables, the model's lead, and whether it is enough."""
     rows = []
     for stream in result.streams:
         nll = stream.model.mean
-        if stream.name == "text":
-            bound = TEXT_SHARE_OF_ENTROPY * stream.unigram_entropy
-        else:
-            bound = stream.bigram - AUDIO_MARGIN_NATS
-        learned = "no tokens" if math.isnan(nll) else "yes" if nll < bound else "no"
+        learned = "no tokens" if math.isnan(nll) else "yes" if nll < stream.bound else "no"
         interval = f"{stream.model.low:.3f} .. {stream.model.high:.3f}"
-        numbers = (stream.unigram_entropy, stream.unigram, stream.bigram, bound)
+        numbers = (stream.unigram_entropy, stream.unigram, stream.bigram, stream.bound)
         rows.append([stream.name, f"{nll:.3f}", interval, *(f"{x:.3f}" for x in numbers), learned])
     return rows
 
@@ -109,13 +100,12 @@ def write_report(
     """
     parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in summary(result))]
     for heading, figure in figures.items():
-        parts.append(f'<h2>{html.escape(heading)}</h2><img alt="{html.escape(heading)}" src="{_png(figure)}">')
+        name, url = html.escape(heading), _data_url("image/png", png(figure))
+        parts.append(f'<h2>{name}</h2><img alt="{name}" src="{url}">')
     if audio is not None:
-        data = base64.b64encode(audio.read_bytes()).decode()
-        parts.append(
-            f'<h2>Continuation</h2><p>{html.escape(audio_note)}</p><audio controls src="data:audio/wav;base64,{data}">'
-        )
-        parts.append("</audio>")
+        url = _data_url("audio/wav", audio.read_bytes())
+        parts.append(f"<h2>Continuation</h2><p>{html.escape(audio_note)}</p>")
+        parts.append(f'<audio controls src="{url}"></audio>')
     parts.append("<h2>Streams</h2>" + _html_table(STREAM_COLUMNS, stream_rows(result)))
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     page = "\n".join([f'<!doctype html><html lang="en">{head}', *parts, "</html>\n"])
@@ -124,10 +114,15 @@ def write_report(
     temporary.replace(path)
 
 
-def _png(figure: Figure) -> str:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

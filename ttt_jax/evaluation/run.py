@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from ttt_jax.checkpoint import load
-from ttt_jax.data.reader import TokenDataset, open_dataset
+from ttt_jax.data.reader import TokenDataset, open_dataset, splits
 from ttt_jax.data.tokens import TOKENIZER_FILE
 from ttt_jax.evaluation import plots, report
 from ttt_jax.evaluation.continuation import continue_recording, spoken_text, write_wav
@@ -43,11 +46,12 @@ def run(
         )
     config, params = load(model)
     data = data or _training_data(model)
-    train, validation, held_out = (open_dataset(data, name) for name in ("train", "validation", split))
+    train, held_out = open_dataset(data, "train"), open_dataset(data, split)
+    validation = open_dataset(data, "validation") if "validation" in splits(data) else None
     result = nll_by_position(config, params, held_out, train, validation, split=split)
     output = output or model
     output.mkdir(parents=True, exist_ok=True)
-    _replace(output / "nll_by_position.json", json.dumps(dataclasses.asdict(result), indent=1, allow_nan=True) + "\n")
+    _replace(output / "nll_by_position.json", json.dumps(_plain(dataclasses.asdict(result)), indent=1, allow_nan=False))
     wav, note = _continuation(config, params, held_out, data, output)
     return _report(model, result, output, wav, note)
 
@@ -62,9 +66,9 @@ def _training_data(model: pathlib.Path) -> pathlib.Path:
 def _continuation(
     config: MoshiConfig, params: Any, held_out: TokenDataset, data: pathlib.Path, output: pathlib.Path
 ) -> tuple[pathlib.Path, str]:
-    """The model goes on with the first held-out recording; returns the wav and what to listen for."""
+    """The model goes on with the longest held-out recording; returns the wav and what to listen for."""
     info = held_out.info
-    recording = held_out[0]
+    recording = held_out[int(np.argmax(held_out.num_frames))]
     seconds = recording.codes.shape[1] / info.frame_rate_hz
     prompt_s = min(PROMPT_SECONDS, seconds / 2)
     continued = continue_recording(
@@ -96,8 +100,8 @@ def _report(
     training = plots.training_figure(model / "metrics.jsonl")
     if training is not None:
         figures["Training"] = training
-    figures["NLL by position"].savefig(output / "nll_by_position.png", dpi=110)
-    figures["Streams"].savefig(output / "streams.png", dpi=110)
+    for heading, name in (("NLL by position", "nll_by_position.png"), ("Streams", "streams.png")):
+        _replace(output / name, report.png(figures[heading]))
     path = output / "report.html"
     report.write_report(
         path, result, figures, title=f"{model.name}: {result.split} recordings", audio=wav, audio_note=note
@@ -107,7 +111,16 @@ def _report(
     return path
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: null where there is no number."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _replace(path: pathlib.Path, content: str | bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)

@@ -6,7 +6,7 @@ recording is, but for its tokens and scores.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,8 @@ def score_recordings(
     for start in range(0, len(lengths), batch_size):
         group = by_length[start : start + batch_size]
         codes = [recordings[i] for i in group]
-        parts = list(_score_group(config, params, codes, batch_size, chunk_frames, memory == "reset", progress))
+        parts = [np.zeros((batch_size, 1 + config.dep_q, 0), np.float32)]  # all there is of empty recordings
+        parts += _score_group(config, params, codes, batch_size, chunk_frames, memory == "reset", progress)
         for row, index in enumerate(group):
             joined = np.concatenate([part[row] for part in parts], axis=-1)
             scores[index] = _undelayed(config, joined, recordings[index])
@@ -102,11 +103,11 @@ _init_state = jax.jit(init_state, static_argnums=(0, 2))
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _score_chunk(config: MoshiConfig, params, state, tokens, length):
     """Scores of positions 1.. of `tokens [B, K, n + 1]` given the ones before: [B, 1 + dep_q, n]."""
-    model, variables = Moshi(config), {"params": params}
+    apply = functools.partial(Moshi(config).apply, {"params": params})
     own = slice(0, 1 + config.dep_q)
     targets = tokens[:, own, 1:]
-    z, text_logits, state = model.apply(variables, tokens[:, :, :-1], state, length, method="temporal")
-    logits = model.apply(variables, z, targets, method="depth")
+    z, text_logits, state = cast(tuple, apply(tokens[:, :, :-1], state, length, method="temporal"))
+    logits = cast(jax.Array, apply(z, targets, method="depth"))
     nll = jnp.concatenate([token_nll(text_logits, targets[:, :1]), token_nll(logits, targets[:, 1:])], axis=1)
     return nll, state
 
@@ -119,7 +120,7 @@ def _forget_ttt(config: MoshiConfig, params, state, rows: int):
 def _delayed(config: MoshiConfig, codes: np.ndarray) -> np.ndarray:
     """Delayed tokens [K, T + max_delay + 1], long enough for the last frame of the latest stream to be predicted."""
     padded = np.pad(codes, ((0, 0), (0, config.max_delay)), constant_values=-1)
-    return np.asarray(delay(padded[None], config.delays, config.initial_tokens)[0])
+    return np.asarray(delay(jnp.asarray(padded[None]), config.delays, config.initial_tokens)[0])
 
 
 def _undelayed(config: MoshiConfig, nll: np.ndarray, codes: np.ndarray) -> np.ndarray:
