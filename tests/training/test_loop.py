@@ -1,13 +1,17 @@
 import importlib.util
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
 import pytest
+import soundfile
 
 from ttt_jax.checkpoint import load
-from ttt_jax.training import NonFiniteError, run
+from ttt_jax.config import from_mapping
+from ttt_jax.data import prepare, reader
+from ttt_jax.training import ExperimentConfig, NonFiniteError, run, train
 
 
 @pytest.fixture
@@ -66,3 +70,58 @@ def test_a_dataset_of_other_codebooks_is_refused(mapping, tmp_path):
     with pytest.raises(ValueError, match=r"config\.model\.card: the dataset has 20, the config says 2048"):
         run(mapping, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_too_small_for_a_validation_split(mapping, tmp_path, capsys):
+    folder, dataset, workdir = (tmp_path / name for name in ("audio", "dataset", "run"))
+    folder.mkdir()
+    noise = np.random.default_rng(0).standard_normal(8000 * 4) * 0.1
+    for name in ("one", "two", "three"):
+        soundfile.write(folder / f"{name}.wav", noise, 8000)
+    prepare.make(folder, dataset)
+    assert "validation" not in reader.splits(dataset)
+    mapping["data"]["directory"] = str(dataset)
+    mapping["model"] |= {"num_layers": 1, "ttt": None}
+    mapping["optimizer"] |= {"steps": 2, "warmup_steps": 1}
+    assert run(mapping, workdir) == (2, 2)
+    told = [line for line in capsys.readouterr().err.splitlines() if "validation" in line]
+    assert told == [f"no validation: {dataset} is too small to hold such a split"]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train" in line] == [1, 2]
+    assert all(np.isfinite(line["train"]["loss"]) for line in lines)
+
+
+class Slow:
+    """Batches that take half a second each."""
+
+    def __init__(self, batches):
+        self._batches = batches
+
+    def __getitem__(self, step):
+        time.sleep(0.5)
+        return self._batches[step]
+
+
+def test_the_speed_is_that_of_the_updates_alone(tmp_path):
+    model = {
+        **{"dim": 16, "num_layers": 1, "num_heads": 2, "context": 4, "hidden_scale": 3.0},
+        **{"n_q": 2, "dep_q": 1, "card": 20, "text_card": 20, "delays": (0, 0, 0)},
+        **{"depformer_dim": 8, "depformer_num_layers": 1, "depformer_num_heads": 2, "depformer_dim_feedforward": None},
+    }
+    config = from_mapping(
+        ExperimentConfig,
+        {
+            "data": {"directory": "", "num_frames": 24, "batch_size": 2},
+            "model": model,
+            "optimizer": {"steps": 6, "warmup_steps": 1},
+            "log": {"every_steps": 2},
+            "validation": {"every_steps": 2, "num_batches": 2},
+        },
+    )
+    codes = np.random.default_rng(0).integers(0, 20, (6, 2, 3, 24)).astype(np.int32)
+    assert train(config, tmp_path, codes, Slow(codes)) == 6
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["train"]["frames_per_second"] for line in lines if "train" in line]
+    assert len(rates) == 3
+    # With the second of a validation, two updates of 2 x 24 frames could not be faster than this.
+    assert min(rates[1:]) > 2 * 2 * 24 / 1.0

@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from ttt_jax.config import from_mapping
-from ttt_jax.data.reader import batches, open_dataset
+from ttt_jax.data.reader import batches, open_dataset, splits
 from ttt_jax.training.config import ExperimentConfig, claim_workdir, with_vocabulary
 from ttt_jax.training.loop import train
 
+VALIDATION = "validation"
 VALIDATION_SEED = 0
 
 
@@ -34,9 +36,13 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path) -> tuple[int, int]:
     training = open_dataset(config.data.directory, "train")
     model = with_vocabulary(mapping.get("model", {}), training.info)
     config = dataclasses.replace(config, model=model)
-    claim_workdir(workdir, config)
     crops = functools.partial(batches, batch_size=config.data.batch_size, num_frames=config.data.num_frames)
     validation = None
-    if config.validation.every_steps:
-        validation = crops(open_dataset(config.data.directory, "validation"), seed=VALIDATION_SEED)
-    return train(config, workdir, crops(training, seed=config.seed), validation), config.optimizer.steps
+    if config.validation.every_steps and VALIDATION in splits(config.data.directory):
+        validation = crops(open_dataset(config.data.directory, VALIDATION), seed=VALIDATION_SEED)
+    elif config.validation.every_steps:
+        print(f"no validation: {config.data.directory} is too small to hold such a split", file=sys.stderr)
+    training_batches = crops(training, seed=config.seed)
+    # Last, so that a start that fails leaves nothing behind.
+    claim_workdir(workdir, config)
+    return train(config, workdir, training_batches, validation), config.optimizer.steps

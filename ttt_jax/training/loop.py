@@ -1,10 +1,11 @@
 """The training loop: resume, update, report, save, stop."""
 
+import contextlib
 import functools
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -35,8 +36,8 @@ def train(config: ExperimentConfig, workdir: pathlib.Path, training: Batches, va
         config: The experiment.
         workdir: Gets `checkpoints/` and `metrics.jsonl`.
         training: Batches to train on.
-        validation: Batches whose first `config.validation.num_batches` are scored; None where the config asks for no
-            validation.
+        validation: Batches whose first `config.validation.num_batches` are scored; None: there is no validation,
+            whatever the config says.
 
     Returns:
         The updates done: fewer than asked for after SIGTERM or SIGINT, which save and stop.
@@ -87,12 +88,15 @@ def _updates(config, state, functions, batches, checkpoints, reporter, stop) -> 
         state, metrics = update(state, codes)
         reporter.push(step, metrics)
         if _is_multiple(step, config.log.diagnostics_every_steps):
-            reporter.write(step, "diagnostics", functions.diagnostics(state.params, codes))
-        if _is_multiple(step, config.validation.every_steps) or (config.validation.every_steps and step == last):
-            reporter.write(step, "validation", _validate(config, functions, state.params, validation))
+            with reporter.pause():
+                reporter.write(step, "diagnostics", functions.diagnostics(state.params, codes))
+        if validation is not None and _validation_is_due(config, step):
+            with reporter.pause():
+                reporter.write(step, "validation", _validate(config, functions, state.params, validation))
         if checkpoints.is_due(step):
-            reporter.sync()
-            checkpoints.save(step, state)
+            with reporter.pause():
+                reporter.sync()
+                checkpoints.save(step, state)
     reporter.sync()
     if step > (checkpoints.latest_step or 0):
         checkpoints.save(step, state)
@@ -101,6 +105,11 @@ def _updates(config, state, functions, batches, checkpoints, reporter, stop) -> 
 
 def _is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _validation_is_due(config: ExperimentConfig, step: int) -> bool:
+    every = config.validation.every_steps
+    return _is_multiple(step, every) or (every > 0 and step == config.optimizer.steps)
 
 
 def _validate(config, functions, params, batches: Batches) -> dict[str, Any]:
@@ -136,6 +145,14 @@ class _Reporter:
         """From here on time counts as training."""
         self._logged_at = time.perf_counter()
         self._bar.unpause()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Reports every update so far; what then happens inside does not count as training time."""
+        self._flush()
+        begun = time.perf_counter()
+        yield
+        self._logged_at += time.perf_counter() - begun
 
     def push(self, step: int, metrics: dict) -> None:
         """Reports the update before this one, and keeps this one's metrics for later."""
