@@ -2,8 +2,11 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
@@ -90,15 +93,55 @@ def test_a_missing_dataset_names_the_command_and_writes_nothing(tmp_path):
     assert not workdir.exists()
 
 
-def test_every_shipped_config_is_valid():
-    root = pathlib.Path(__file__).parents[2] / "configs"
-    paths = sorted(root.glob("*.py"))
-    assert paths
-    for path in paths:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        mapping = module.get_config().to_dict()
-        config = from_mapping(ExperimentConfig, mapping)
-        assert with_vocabulary(mapping["model"], INFO).dim == config.model.dim
-        assert "--config=configs/" + path.name in module.__doc__
+CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    mapping = module.get_config().to_dict()
+    config = from_mapping(ExperimentConfig, mapping)
+    assert with_vocabulary(mapping["model"], INFO).dim == config.model.dim
+    assert "--config=configs/" + path.name in module.__doc__
+
+
+FROM_THE_DATASET = {"n_q", "dep_q", "card", "text_card", "existing_text_padding_id", "existing_text_end_padding_id"}
+
+
+def field_names(value: object, path: str = "") -> dict[str, object]:
+    """Every field below a dataclass by its dotted name, such as "optimizer.steps"."""
+    names = {}
+    for field in dataclasses.fields(value):  # pyright: ignore[reportArgumentType]
+        inner = getattr(value, field.name)
+        if dataclasses.is_dataclass(inner):
+            names |= field_names(inner, f"{path}{field.name}.")
+        else:
+            names[path + field.name] = inner
+    return names
+
+
+def on_the_command_line(monkeypatch, path, settings) -> dict[str, object]:
+    """The fields of the experiment that train.py would run with these flags."""
+    arguments = ["train.py", f"--config={path}", *(f"--config.{name}={value}" for name, value in settings.items())]
+    monkeypatch.setattr(sys, "argv", arguments)  # where config_flags looks for what is set
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    values(arguments)
+    fields = field_names(from_mapping(ExperimentConfig, holder.value.to_dict()))
+    return {name: value for name, value in fields.items() if name.rsplit(".", 1)[-1] not in FROM_THE_DATASET}
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_field_is_a_flag(path, monkeypatch):
+    fields = on_the_command_line(monkeypatch, path, {})
+    settings = {name: value for name, value in fields.items() if value is not None} | {
+        **{"optimizer.clip_norm": 0.25, "model.dtype": "bfloat16", "model.remat": True, "seed": 5},
+        **{"model.ttt.base_lr": 0.5, "model.ttt.num_heads": 8, "model.ttt.context": 60},
+        **{"model.depformer_dim_feedforward": 64, "model.delays": (0,) * 9 + (1,) * 8},
+        "model.depformer_weights_per_step_schedule": (0, 1, 2, 3, 3, 3, 3, 3),
+    }
+    assert settings.keys() == fields.keys()
+    assert on_the_command_line(monkeypatch, path, settings) == settings
