@@ -14,11 +14,24 @@ def call(**changes):
     return ttt_jax.ttt_linear(**arguments)
 
 
+def make_state(count=None):
+    state = ttt_jax.init_state(make_params("linear"), 2)
+    return state if count is None else state._replace(count=count)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (lambda: {"mini_batch_size": 0}, r"mini_batch_size: expected an int >= 1, got 0"),
         (lambda: {"mini_batch_size": 2.0}, r"mini_batch_size: .* got 2.0"),
+        (lambda: {"mini_batch_size": True}, r"mini_batch_size: expected an int >= 1, got True"),
+        (lambda: {"remat_every": True}, r"remat_every: expected an int >= 1, got True"),
+        (lambda: {"eps": True}, r"eps: expected a float > 0, got True"),
+        (lambda: {"q": [1.0]}, r"q: expected an array, got list. Make it one with jnp.asarray"),
+        (lambda: {"v": [1.0]}, r"v: expected an array, got list"),
+        (lambda: {"lr": 0.1}, r"lr: expected an array, got float"),
+        (lambda: {"token_scale": [1.0] * C}, r"token_scale: expected an array, got list"),
+        (lambda: {"params": make_params("linear")._replace(b1=None)}, r"params.b1: expected an array, got NoneType"),
         (lambda: {"remat_every": 0}, r"remat_every: expected an int >= 1"),
         (lambda: {"eps": 0.0}, r"eps: expected a float > 0"),
         (lambda: {"q": jnp.zeros((2, C, 2))}, r"q: expected shape \[B, T, H, D\], got \(2, 4, 2\)"),
@@ -44,12 +57,36 @@ def call(**changes):
             lambda: {"state": ttt_jax.init_state(make_params("linear"), 3)},
             r"state.weights: expected shapes .* Does it belong",
         ),
+        (lambda: {"state": make_state()._replace(weights=(1, 2))}, r"state.weights: expected an array, got int"),
+        (lambda: {"state": make_state([0, 0])}, r"state.count: expected an array, got list"),
+        (lambda: {"state": make_state(jnp.zeros(3, jnp.int32))}, r"state.count: expected shape \[B\] = \(2,\)"),
+        (lambda: {"state": make_state(jnp.zeros(2))}, r"state.count: expected dtype int32, got float64"),
+        (
+            lambda: {"state": make_state(jnp.array([C, 0], jnp.int32))},
+            r"state.count: expected 0 <= count < C = 4, got \[4, 0\]. Was the state made with another mini_batch",
+        ),
+        (lambda: {"state": make_state(jnp.array([0, -1], jnp.int32))}, r"state.count: expected 0 <= count"),
         (lambda: {"implementation": "cuda"}, r"implementation: expected one of .* got 'cuda'"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         call(**changes())
+
+
+def test_a_state_of_another_mini_batch_size_is_refused():
+    _, state = call(**dict(zip(("q", "k", "v", "lr"), make_tokens(10), strict=True)), mini_batch_size=16)
+    with pytest.raises(ValueError, match=r"0 <= count < C = 8, got \[10, 10\]"):
+        call(mini_batch_size=8, state=state)
+    with pytest.raises(ValueError, match=r"0 <= count < C = 8, got \[10, 10\]"):
+        jax.jit(lambda: call(mini_batch_size=8, state=state))()
+
+
+def test_lengths_and_resets_may_be_lists():
+    state = make_state(jnp.array([1, 2], jnp.int32))
+    listed = call(state=state, length=[1, 3], reset=[True, False])
+    arrays = call(state=state, length=jnp.array([1, 3]), reset=jnp.array([True, False]))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, listed, arrays))
 
 
 def test_unsupported_implementations_say_why_and_the_next_is_tried():
@@ -65,6 +102,9 @@ def test_a_row_with_nothing_to_read_costs_nothing():
     out, state = call(**dict(zip(("q", "k", "v", "lr"), make_tokens(0), strict=True)))
     assert out.shape == (2, 0, 2, 4)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, state, ttt_jax.init_state(make_params("linear"), 2)))
+    for start in (None, state):
+        losses = ttt_jax.ttt_loss(make_params("linear"), *make_tokens(0), mini_batch_size=C, state=start)
+        assert {x.shape for x in losses} == {(2, 2, 0)}
 
 
 def test_init_state_is_per_row_and_float32():

@@ -12,10 +12,13 @@ Shapes: B batch, T tokens, H heads, D head dim, F hidden width of the inner MLP 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import ttt_kernels
+from jax.core import Tracer
 
 from ttt_jax.dtypes import at_least_float32
 from ttt_jax.ttt import reference, scan
@@ -47,8 +50,7 @@ def ttt_linear(
 
     Causal calls may split a sequence anywhere (T = 0 included) and give the outputs and the final state of one call.
     Non-causal mini-batches start at the call's first token; a short last one is applied too, a pending causal state
-    first, and
-    the count returned is 0: their splits are exact at multiples of C.
+    first, and the count returned is 0: their splits are exact at multiples of C.
 
     Args:
       params: initial fast weights and inner LayerNorm, any float dtype.
@@ -59,7 +61,7 @@ def ttt_linear(
       mini_batch_size: C >= 1, tokens whose gradients are taken at the same weights.
       causal: whether token i reads only the gradients of tokens j <= i of its mini-batch.
       token_scale: [C] float32 (or float64); default 1/(i+1) when causal, else 1/C.
-      state: what an earlier call returned; None starts every row from `params`.
+      state: what an earlier call with the same C returned; None starts every row from `params`.
       length: [B] int, clipped to [0, T]: tokens of each row that are real. The others return zeros, change nothing, get
         zero gradient, and their values never matter.
       reset: [B] bool: rows that restart from `params` before their first token, also at length 0.
@@ -72,7 +74,8 @@ def ttt_linear(
       out, [B, T, H, D] in q's dtype, and the state after the last real token of each row, float32 (or float64).
 
     Raises:
-      ValueError: wrong shapes, dtypes or static values. NotImplementedError: no implementation supports the call.
+      ValueError: wrong types, shapes, dtypes or static values, or (where it is not traced) a state whose count is not
+        in [0, C). NotImplementedError: no implementation supports the call.
     """
     _check_params(params, TTTLinearParams, "ttt_linear")
     return _dispatch(
@@ -155,7 +158,8 @@ def ttt_loss(
       initial, before, after, each [B, H, N]: the loss over the mini-batch's real tokens of this call and D under the
       initial fast weights, under those at the mini-batch's start, and with its gradient so far applied as at its end. A
       mini-batch without a real token has 0. N = ceil(T/C); causal calls that continue a state may start inside a
-      mini-batch, which gives N = ceil((T+C-1)/C) (1 for T = 1), the first being the one that was open.
+      mini-batch, which gives N = ceil((T+C-1)/C) (1 for T = 1), the first being the one that was open. T = 0 gives
+      N = 0.
     """
     _check_params(params, TTTParams, "ttt_loss")
     return _dispatch(
@@ -206,11 +210,11 @@ def _dispatch(
     eps,
     remat_every,
     implementation,
-):
+) -> Any:
     _check_inputs(params, q, k, v, lr)
     _check_static(mini_batch_size=mini_batch_size, remat_every=remat_every, eps=eps)
     _check_rows(q, token_scale, length, reset, mini_batch_size)
-    _check_state(params, q.shape[0], state)
+    _check_state(params, q.shape[0], mini_batch_size, state)
     names = _implementations(implementation)
     call = _prepare(params, q, k, v, lr, mini_batch_size, causal, token_scale, state, length, reset, eps, remat_every)
     refusals = []
@@ -276,9 +280,17 @@ def _require(ok: bool, name: str, expected: str, got: object, hint: str = "") ->
 def _check_params(params, kind, function: str) -> None:
     names = " or ".join(t.__name__ for t in getattr(kind, "__args__", (kind,)))
     _require(isinstance(params, kind), "params", f"{names} for {function}", type(params).__name__)
+    for name, x in params._asdict().items():
+        _require_array(f"params.{name}", x)
+
+
+def _require_array(name: str, x) -> None:
+    _require(isinstance(x, jax.Array | np.ndarray), name, "an array", type(x).__name__, "Make it one with jnp.asarray.")
 
 
 def _check_inputs(params: TTTParams, q, k, v, lr) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v), ("lr", lr)):
+        _require_array(name, x)
     _require(q.ndim == 4, "q", "shape [B, T, H, D]", q.shape)
     _require(jnp.issubdtype(q.dtype, jnp.floating), "q", "a float dtype", q.dtype)
     for name, x in (("k", k), ("v", v)):
@@ -308,13 +320,16 @@ def _check_inputs(params: TTTParams, q, k, v, lr) -> None:
 
 def _check_static(*, mini_batch_size, remat_every, eps) -> None:
     for name, value in (("mini_batch_size", mini_batch_size), ("remat_every", remat_every)):
-        _require(isinstance(value, int) and value >= 1, name, "an int >= 1", repr(value))
-    _require(isinstance(eps, int | float) and eps > 0, "eps", "a float > 0", repr(eps))
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        _require(ok, name, "an int >= 1", repr(value))
+    ok = isinstance(eps, int | float) and not isinstance(eps, bool) and eps > 0
+    _require(ok, "eps", "a float > 0", repr(eps))
 
 
 def _check_rows(q, token_scale, length, reset, mini_batch_size: int) -> None:
     batch_size = q.shape[0]
     if token_scale is not None:
+        _require_array("token_scale", token_scale)
         hint = "It has one entry per position in the mini-batch."
         _require(
             token_scale.shape == (mini_batch_size,),
@@ -336,7 +351,7 @@ def _check_rows(q, token_scale, length, reset, mini_batch_size: int) -> None:
             _require(jnp.issubdtype(x.dtype, kind), name, f"{kind_name} dtype", x.dtype)
 
 
-def _check_state(params: TTTParams, batch_size: int, state) -> None:
+def _check_state(params: TTTParams, batch_size: int, mini_batch_size: int, state) -> None:
     if state is None:
         return
     _require(
@@ -347,6 +362,8 @@ def _check_state(params: TTTParams, batch_size: int, state) -> None:
     )
     expected = tuple((batch_size, *w.shape) for w in params.fast_weights)
     for name, leaves in (("weights", state.weights), ("gradient", state.gradient)):
+        for leaf in leaves:
+            _require_array(f"state.{name}", leaf)
         got = tuple(x.shape for x in leaves)
         _require(
             got == expected,
@@ -355,4 +372,12 @@ def _check_state(params: TTTParams, batch_size: int, state) -> None:
             got,
             "Does it belong to these params and this batch?",
         )
-    _require(state.count.shape == (batch_size,), "state.count", f"shape [B] = ({batch_size},)", state.count.shape)
+    count = state.count
+    _require_array("state.count", count)
+    _require(count.shape == (batch_size,), "state.count", f"shape [B] = ({batch_size},)", count.shape)
+    _require(count.dtype == jnp.int32, "state.count", "dtype int32", count.dtype)
+    if not isinstance(count, Tracer):
+        counts = np.asarray(count)
+        hint = "Was the state made with another mini_batch_size?"
+        ok = bool(np.all((counts >= 0) & (counts < mini_batch_size)))
+        _require(ok, "state.count", f"0 <= count < C = {mini_batch_size}", counts.tolist(), hint)
