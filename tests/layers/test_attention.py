@@ -200,8 +200,10 @@ def test_bad_input_names_the_argument():
         window_attention(q, k, v, window=0)
     with pytest.raises(ValueError, match="k must be like q"):
         window_attention(q, k[:, :2], v, window=3)
-    with pytest.raises(ValueError, match=r"cache\.keys must have shape"):
-        window_attention(q, k, v, window=3, cache=init_attention_cache(B, 4, H, D))
+    with pytest.raises(ValueError, match="q must be an array, got list"):
+        window_attention(q.tolist(), k, v, window=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"length must be integer of shape \(2,\), got bool"):
+        window_attention(q, k, v, window=3, length=[True, False])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="length must be"):
         window_attention(q, k, v, window=3, length=jnp.zeros(B + 1, jnp.int32))
     with pytest.raises(NotImplementedError, match="sinks"):
@@ -209,3 +211,29 @@ def test_bad_input_names_the_argument():
     for unsupported in ({"sinks": 1}, {"overlap": 1}, {"causal": False}):
         with pytest.raises(NotImplementedError, match="not supported yet"):
             segment_attention(q, k, v, segment=3, **unsupported)
+
+
+def test_lengths_and_resets_may_be_lists(kind):
+    q, k, v = qkv(3)
+    cache = KINDS[kind](q, k, v)[1]
+    listed = KINDS[kind](q, k, v, cache=cache, length=[1, 3], reset=[True, False])
+    arrays = KINDS[kind](q, k, v, cache=cache, length=jnp.array([1, 3]), reset=jnp.array([True, False]))
+    jax.tree.map(np.testing.assert_array_equal, listed, arrays)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "message"),
+    [
+        ("keys", np.zeros((B, SIZE - 1, H, D), np.float32), r"keys must have shape .* another batch size or window"),
+        ("keys", np.zeros((B, SIZE, H, D), np.int32), "keys must be floating, got int32"),
+        ("values", np.zeros((B, SIZE, H, D + 1), np.float32), r"values must have shape \(2, 5, 2, 4\) .* got"),
+        ("position", np.zeros(1, np.int32), r"position must have shape \(2,\) = \[B\], got \(1,\)"),
+        ("position", np.zeros(B, np.float32), "position must be int32, got float32"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(leaf, value, message):
+    cache = init_attention_cache(B, SIZE, H, D)._replace(**{leaf: value})
+    with pytest.raises(ValueError, match=rf"cache\.{message}"):
+        window_attention(*qkv(3), window=SIZE, cache=cache)
+    with pytest.raises(ValueError, match="cache must be the AttentionCache"):
+        window_attention(*qkv(3), window=SIZE, cache=tuple(cache))  # pyright: ignore[reportArgumentType]

@@ -201,6 +201,18 @@ def test_bad_configs_are_named(changes, message):
         dataclasses.replace(PRESETS["mamba"], **changes)
 
 
+def test_lengths_resets_and_positions_may_be_lists():
+    for name, positions in (("mamba", None), ("video_dit_causal", [[2, 3]] * 3)):
+        _, apply, x = make(name, 2)
+        _, state = apply(x)
+        options = {"length": [2, 1, 2], "reset": [True, False, False], "positions": positions}
+        arrays = {key: None if value is None else jnp.asarray(value) for key, value in options.items()}
+        # Not jitted: jit would make arrays of the numbers in the lists.
+        params, layer = make(name, 2)[0], TTTLayer(PRESETS[name], dtype=jnp.float64)
+        listed = layer.apply({"params": params}, x, state, **options)
+        assert_close(listed, apply(x, state, **arrays))
+
+
 def test_bad_calls_are_named():
     params, _, x = make("mamba", C)
     layer = TTTLayer(PRESETS["mamba"])
@@ -210,5 +222,11 @@ def test_bad_calls_are_named():
         layer.apply({"params": params}, x, positions=jnp.zeros((3, C), jnp.int32))
     with pytest.raises(ValueError, match="state: expected the TTTLayerState"):
         layer.apply({"params": params}, x, state=1)
+    with pytest.raises(ValueError, match="x: expected an array, got list"):
+        layer.apply({"params": params}, [0.0])
+    with pytest.raises(ValueError, match=r"length: expected integer of shape \[B\] = \(3,\), got int.* \(2,\)"):
+        layer.apply({"params": params}, x, length=[1, 2])
+    with pytest.raises(ValueError, match=r"reset: expected bool of shape \[B\] = \(3,\), got int"):
+        layer.apply({"params": params}, x, reset=[0, 1, 0])
     with pytest.raises(ValueError, match="backbone: expected"):
         TTTConfig.ttt_lm("linear", WIDTH, 2, backbone="xlstm")

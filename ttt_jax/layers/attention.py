@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.rope import RotaryEmbedding, rotate
@@ -102,6 +103,7 @@ def segment_attention(
 
 
 def _causal_attention(kind: Kind, name: str, size: int, q, k, v, rope, cache, length, reset):
+    length, reset = (None if x is None else jnp.asarray(x) for x in (length, reset))
     _check(name, size, q, k, v, cache, length, reset)
     batch, frames, heads, head_dim = q.shape
     fresh = cache is None
@@ -228,6 +230,9 @@ def _softmax_attention(q, sets: list[_KeySet]):
 def _check(name: str, size: int, q, k, v, cache, length, reset):
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"{name} must be an int >= 1 (frames), got {size!r}")
+    for argument, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise ValueError(f"{argument} must be an array, got {type(x).__name__}; make it one with jnp.asarray")
     if q.ndim != 4:
         raise ValueError(f"q must have shape [B, T, H, D], got {q.shape}")
     for other, x in (("k", k), ("v", v)):
@@ -236,12 +241,27 @@ def _check(name: str, size: int, q, k, v, cache, length, reset):
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q must be floating, got {q.dtype}")
     batch, _, heads, head_dim = q.shape
-    expected = (batch, size, heads, head_dim)
-    if cache is not None and cache.keys.shape != expected:
-        raise ValueError(
-            f"cache.keys must have shape {expected} = [B, {name}, H, D], got {cache.keys.shape}; "
-            f"was the cache made with another batch size or {name}?"
-        )
+    _check_cache(name, (batch, size, heads, head_dim), cache)
     for argument, x, kind in (("length", length, jnp.integer), ("reset", reset, jnp.bool_)):
         if x is not None and (x.shape != (batch,) or not jnp.issubdtype(x.dtype, kind)):
             raise ValueError(f"{argument} must be {kind.__name__} of shape ({batch},), got {x.dtype}{list(x.shape)}")
+
+
+def _check_cache(name: str, shape: tuple[int, int, int, int], cache):
+    if cache is None:
+        return
+    if not isinstance(cache, AttentionCache):
+        raise ValueError(f"cache must be the AttentionCache of an earlier call or None, got {type(cache).__name__}")
+    for leaf, letters, expected, kind in (
+        ("keys", f"[B, {name}, H, D]", shape, jnp.floating),
+        ("values", f"[B, {name}, H, D]", shape, jnp.floating),
+        ("position", "[B]", shape[:1], jnp.int32),
+    ):
+        x = getattr(cache, leaf)
+        if x.shape != expected:
+            raise ValueError(
+                f"cache.{leaf} must have shape {expected} = {letters}, got {x.shape}; "
+                f"was the cache made with another batch size or {name}?"
+            )
+        if not jnp.issubdtype(x.dtype, kind):
+            raise ValueError(f"cache.{leaf} must be {kind.__name__}, got {x.dtype}")

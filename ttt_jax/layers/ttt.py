@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.conv import causal_conv
@@ -222,10 +223,11 @@ class TTTLayer(nn.Module):
           ValueError: wrong shapes or dtypes, or positions for a layer that counts its own.
         """
         c = self.config
-        self._check(x, state, positions)
+        length, reset, positions = (None if a is None else jnp.asarray(a) for a in (length, reset, positions))
+        self._check(x, state, length, reset, positions)
         is_real = None
         if length is not None:
-            length = jnp.clip(jnp.asarray(length).astype(jnp.int32), 0, x.shape[1])
+            length = jnp.clip(length.astype(jnp.int32), 0, x.shape[1])
             is_real = (jnp.arange(x.shape[1], dtype=jnp.int32)[None] < length[:, None])[..., None]
             x = jnp.where(is_real, x, jnp.zeros((), x.dtype))
         x = x.astype(self.dtype)
@@ -239,7 +241,7 @@ class TTTLayer(nn.Module):
         gate = jax.nn.sigmoid(self.step_size(x))
         options = self._options(state, length, reset)
         tokens = (q, k, v, gate * (c.base_lr / c.head_dim))
-        operation = ttt_linear if c.kind == "linear" else ttt_mlp
+        operation: Any = ttt_linear if c.kind == "linear" else ttt_mlp
         out, ttt_state = operation(params, *tokens, **options)
         self._diagnose(params, tokens, options, gate, ttt_state)
         y = self._output(x, out.reshape(x.shape))
@@ -254,14 +256,20 @@ class TTTLayer(nn.Module):
         conv_inputs = jnp.zeros((batch_size, reach, c.width), self.dtype)
         return TTTLayerState(init_state(self.inner(), batch_size), conv_inputs, jnp.zeros(batch_size, jnp.int32))
 
-    def _check(self, x, state, positions):
+    def _check(self, x, state, length, reset, positions):
         c = self.config
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise ValueError(f"x: expected an array, got {type(x).__name__}. Make it one with jnp.asarray.")
         if x.ndim != 3 or x.shape[-1] != c.width:
             raise ValueError(f"x: expected shape [B, T, width = {c.width}], got {x.shape}.")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x: expected a float dtype, got {x.dtype}.")
         if state is not None and not isinstance(state, TTTLayerState):
             raise ValueError(f"state: expected the TTTLayerState of an earlier call, got {type(state).__name__}.")
+        for name, rows, kind in (("length", length, jnp.integer), ("reset", reset, jnp.bool_)):
+            if rows is not None and (rows.shape != x.shape[:1] or not jnp.issubdtype(rows.dtype, kind)):
+                expected = f"{kind.__name__} of shape [B] = {x.shape[:1]}"
+                raise ValueError(f"{name}: expected {expected}, got {rows.dtype} of shape {rows.shape}.")
         if positions is not None and c.positions == "in_mini_batch":
             raise ValueError(
                 "positions: expected None, since this layer rotates by its own count within the mini-batch."
@@ -376,7 +384,8 @@ class _InnerParams(nn.Module):
 
 def init_layer_state(config: TTTConfig, params, batch_size: int, dtype=jnp.float32) -> TTTLayerState:
     """The state of `batch_size` fresh rows of `TTTLayer(config, dtype)` with these parameters."""
-    return TTTLayer(config, dtype).apply({"params": params}, batch_size, method="init_state")
+    state: Any = TTTLayer(config, dtype).apply({"params": params}, batch_size, method="init_state")
+    return state
 
 
 def _forget(state: TTTLayerState, rows) -> TTTLayerState:
