@@ -157,6 +157,41 @@ def test_bad_input_names_the_argument(config, params, user):
         stream_step(config, params, stream, first, active=jnp.ones(2))
 
 
+def test_tokens_outside_their_cardinality_are_refused(config, params, user):
+    stream = init_stream(config, params, 2)
+    first = np.array(user[:, :, 0])
+    for value in (config.card, 1000, -2):
+        bad = first.copy()
+        bad[1, 0] = value
+        message = rf"user_codes\[1, 0\] = {value} is outside \[-1, 20\) of stream 3"
+        with pytest.raises(ValueError, match=message):
+            stream_step(config, params, stream, bad)
+        with pytest.raises(ValueError, match=message):
+            stream_step(config, params, stream, bad.tolist())
+    for k, value in ((0, config.text_card), (2, config.card), (1, -3)):
+        forced = np.full((2, 1 + config.dep_q), -2, np.int32)
+        forced[0, k] = value
+        with pytest.raises(ValueError, match=rf"forced\[0, {k}\] = {value} is outside \[-2, 20\) of stream {k}"):
+            stream_step(config, params, stream, first, forced=forced)
+
+
+def test_under_jit_tokens_outside_their_cardinality_do_no_harm(config, params, step, user):
+    """They count as no token (the user's) or as none forced, and the stream stays whole."""
+    bad, silent = user[:, :, :6].copy(), user[:, :, :6].copy()
+    bad[0, 0, 1], bad[0, 1, 2], bad[0, 1, 3] = config.card, 1000, -7
+    silent[0, 0, 1] = silent[0, 1, 2] = silent[0, 1, 3] = -1
+    free = np.full((2, 1 + config.dep_q, 6), -2, np.int32)
+    wild = free.copy()
+    wild[0, :, 2], wild[0, :, 4] = config.card, -9
+    streams = [init_stream(config, params, 2)] * 2
+    for t in range(6):
+        got, streams[0], _ = step(params, streams[0], bad[:, :, t], forced=wild[:, :, t])
+        expected, streams[1], _ = step(params, streams[1], silent[:, :, t], forced=free[:, :, t])
+        np.testing.assert_array_equal(got, expected)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(streams[0]))
+    jax.tree.map(np.testing.assert_array_equal, *streams)
+
+
 def test_a_trained_models_own_samples_are_likely(trained, process, step):
     """Its greedy tokens score far below the unigram of what it says."""
     config, params = trained

@@ -4,8 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
-from ttt_jax.models.moshi.config import UNGENERATED_TOKEN, MoshiConfig
+from ttt_jax.models.moshi.config import UNGENERATED_TOKEN, ZERO_TOKEN, MoshiConfig
 from ttt_jax.models.moshi.model import LayerState, Moshi, init_state
 
 
@@ -60,7 +62,8 @@ def stream_step(
         config: of the model.
         params: Moshi's parameter tree; never changed.
         stream: from `init_stream` or the previous step (donate it: the caches are then updated in place).
-        user_codes: `[B, n_q - dep_q]` int32, the user's frame; -1 is no token.
+        user_codes: `[B, n_q - dep_q]` int32 in [-1, card), the user's frame; -1 is no token. Under jit, where values
+            cannot be refused, one outside the range is taken as -1.
         rng: a key, needed unless both temperatures are 0. Fold the step in: every call needs its own.
         temperature: of the audio tokens; 0 is greedy.
         top_k: audio tokens to draw from, 0 is all.
@@ -68,11 +71,15 @@ def stream_step(
         top_k_text: text tokens to draw from, None takes `top_k`.
         active: `[B]` bool; an inactive row returns -2 and its conversation does not move.
         reset: `[B]` bool; these rows start a new conversation before this frame.
-        forced: `[B, 1 + dep_q]` int32, tokens to take instead of drawing, -2 where to draw. Like the drawn ones they
-            are the tokens of frame `t - delays[k]` of stream k, t counting the row's calls from 0.
+        forced: `[B, 1 + dep_q]` int32 in [-2, text_card) for text and [-2, card) for audio, tokens to take instead of
+            drawing, -2 where to draw. Like the drawn ones they are the tokens of frame `t - delays[k]` of stream k, t
+            counting the row's calls from 0. Under jit one outside the range is drawn instead.
 
     Returns:
         tokens `[B, 1 + dep_q]` int32 of frame `t - max_delay`, -2 while the delays fill; and the stream to go on with.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or sampling values, or (outside jit) tokens out of range.
     """
     tokens, stream, _ = stream_step_with_logits(
         config,
@@ -113,7 +120,12 @@ def stream_step_with_logits(
         temperature if temperature_text is None else temperature_text,
         top_k if top_k_text is None else top_k_text,
     )
+    user_codes = jnp.asarray(user_codes)
+    active, reset, forced = (None if x is None else jnp.asarray(x) for x in (active, reset, forced))
     _check_step(config, stream, user_codes, rng, sampling, active, reset, forced)
+    own_cards, user_cards = _cards(config)
+    user_codes = _within(user_codes, ZERO_TOKEN, user_cards)
+    forced = None if forced is None else _within(forced, UNGENERATED_TOKEN, own_cards)
     position = stream.position if reset is None else jnp.where(reset, 0, stream.position)
     delays = jnp.asarray(config.delays, jnp.int32)
     user_at = position[:, None] + delays[None, 1 + config.dep_q :]
@@ -181,6 +193,33 @@ def _read(buffer, positions):
     return jnp.take_along_axis(buffer, (positions % buffer.shape[-1])[:, :, None], axis=2)[:, :, 0]
 
 
+def _cards(config: MoshiConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How many values a token can take in each own stream, text first, and in each of the user's."""
+    cards = config.initial_tokens  # the initial token follows the last one that can be said
+    return cards[: 1 + config.dep_q], cards[1 + config.dep_q :]
+
+
+def _within(tokens, lowest: int, cards: tuple[int, ...]):
+    """`tokens [B, K]` as int32, `lowest` in place of what is outside `[lowest, card)`: its embedding would be NaN."""
+    tokens = tokens.astype(jnp.int32)
+    inside = (tokens >= lowest) & (tokens < jnp.asarray(cards, jnp.int32)[None])
+    return jnp.where(inside, tokens, jnp.int32(lowest))
+
+
+def _check_range(name: str, tokens, lowest: int, cards: tuple[int, ...], first_stream: int):
+    """Refuses values outside `[lowest, card)` where they are known."""
+    if isinstance(tokens, Tracer):
+        return
+    tokens = np.asarray(tokens)
+    bad = np.argwhere((tokens < lowest) | (tokens >= np.asarray(cards)[None]))
+    if len(bad):
+        row, k = (int(i) for i in bad[0])
+        raise ValueError(
+            f"{name}[{row}, {k}] = {tokens[row, k]} is outside [{lowest}, {cards[k]}) of stream {first_stream + k}; "
+            "was it made with another codec or tokenizer?"
+        )
+
+
 def _check_step(config, stream, user_codes, rng, sampling: Sampling, active, reset, forced):
     batch = stream.position.shape[0]
     for name, x, shape in (
@@ -194,6 +233,10 @@ def _check_step(config, stream, user_codes, rng, sampling: Sampling, active, res
         expected = jnp.bool_ if name in ("active", "reset") else jnp.integer
         if x.shape != shape or not jnp.issubdtype(x.dtype, expected):
             raise ValueError(f"{name} must be {expected.__name__} of shape {shape}, got {x.dtype}{list(x.shape)}")
+    own_cards, user_cards = _cards(config)
+    _check_range("user_codes", user_codes, ZERO_TOKEN, user_cards, 1 + config.dep_q)
+    if forced is not None:
+        _check_range("forced", forced, UNGENERATED_TOKEN, own_cards, 0)
     for name in ("temperature", "temperature_text", "top_k", "top_k_text"):
         if getattr(sampling, name) < 0:
             raise ValueError(
