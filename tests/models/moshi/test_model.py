@@ -244,6 +244,32 @@ def test_codes_are_checked_at_the_door(config, params, random_codes):
         jax.jit(Moshi(config).apply)({"params": params}, codes[:, :3])
 
 
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jitted", "eager"])
+def test_chunks_are_checked_at_the_door(config, params, random_codes, wrap):
+    codes = random_codes(0, 2, 4)
+    z = jnp.zeros((2, 4, config.dim))
+    temporal, depth = (
+        wrap(functools.partial(Moshi(config).apply, {"params": params}, method=method))
+        for method in ("temporal", "depth")
+    )
+    with pytest.raises(ValueError, match=r"delayed must have shape \[B, 5, T\] .*n_q = 4.* got \(2, 3, 4\)"):
+        temporal(codes[:, :3])
+    with pytest.raises(ValueError, match=r"delayed must have shape .* got \(2, 5\)"):
+        temporal(codes[:, :, 0])
+    with pytest.raises(ValueError, match=r"delayed must be integers .* got float32"):
+        temporal(codes.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"state must hold a LayerState per layer \(num_layers = 2\), got 1 entries"):
+        temporal(codes, init_state(config, params, 2)[:1])
+    for wrong in (z[..., 1:], z[0], z.astype(jnp.int32)):
+        with pytest.raises(ValueError, match=r"z must be floating of shape \[B, T, dim = 16\]"):
+            depth(wrong, codes[:, :3])
+    for wrong in (codes, codes[:, :2], codes[:1, :3], codes[:, :3, 1:]):
+        with pytest.raises(ValueError, match=r"tokens must have shape \[2, 3, 4\] .*dep_q = 2"):
+            depth(z, wrong)
+    with pytest.raises(ValueError, match=r"tokens must be integers .* got float32"):
+        depth(z, codes[:, :3].astype(jnp.float32))
+
+
 def test_likelihoods_are_aligned(trained, process):
     """Shifting the targets by a frame either way must cost a trained model dearly."""
     config, params = trained

@@ -261,13 +261,24 @@ def check_codes(config: MoshiConfig, codes) -> None:
 
 def check_codes_shape(config: MoshiConfig, codes) -> None:
     """The part of `check_codes` that also works on traced arrays."""
-    if codes.ndim != 3 or codes.shape[1] != config.num_streams:
-        raise ValueError(
-            f"codes must have shape [B, {config.num_streams}, T] (text, then n_q = {config.n_q} audio streams), "
-            f"got {tuple(codes.shape)}"
-        )
-    if not np.issubdtype(codes.dtype, np.integer):
-        raise ValueError(f"codes must be integers (int32), got {codes.dtype}")
+    streams = f"text, then n_q = {config.n_q} audio streams"
+    check_tokens_shape("codes", codes, (None, config.num_streams, None), streams)
+
+
+def check_tokens_shape(name: str, tokens, shape: tuple[int | None, int, int | None], streams: str) -> None:
+    """Checks that `tokens` are integers of shape `[B, K, T]`, where None in `shape` fits any size.
+
+    Raises:
+        ValueError: wrong type, shape or dtype, naming `name` and what its `streams` are.
+    """
+    if not hasattr(tokens, "shape"):
+        raise ValueError(f"{name} must be an array, got {type(tokens).__name__}; make it one with jnp.asarray")
+    got = tuple(tokens.shape)
+    if len(got) != 3 or any(size not in (None, n) for size, n in zip(shape, got, strict=True)):
+        expected = ", ".join(letter if size is None else str(size) for letter, size in zip("BKT", shape, strict=True))
+        raise ValueError(f"{name} must have shape [{expected}] ({streams}), got {got}")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"{name} must be integers (int32), got {tokens.dtype}")
 
 
 _SUPPORTED_VALUES: dict[str, tuple] = {

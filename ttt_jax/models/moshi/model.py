@@ -17,7 +17,7 @@ from ttt_jax.layers.mlp import KERNEL_INIT, GatedMLP, gated_hidden_size
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.layers.rope import RotaryEmbedding
 from ttt_jax.layers.ttt import TTTConfig, TTTLayer, init_layer_state
-from ttt_jax.models.moshi.config import MoshiConfig, check_codes, check_codes_shape
+from ttt_jax.models.moshi.config import MoshiConfig, check_codes, check_codes_shape, check_tokens_shape
 from ttt_jax.models.moshi.delays import delay, delay_mask, undelay
 from ttt_jax.models.moshi.depth import EMBEDDING_INIT, STACKED_EMBEDDING_INIT, DepthTransformer, embed
 
@@ -174,7 +174,11 @@ class Moshi(nn.Module):
 
         Returns:
             z `[B, T, dim]` (after `out_norm`), text logits float32 `[B, 1, T, text_card]`, and the new state.
+
+        Raises:
+            ValueError: wrong shapes or dtypes, or a state that does not have one entry per layer.
         """
+        self._check_temporal(delayed, state)
         x = embed(self.text_emb, delayed[:, 0])
         for k in range(self.config.n_q):  # one gather a stream: on CPU 2 to 9 times faster than one of all streams
             x = x + embed(self.emb[k], delayed[:, k + 1])
@@ -194,13 +198,33 @@ class Moshi(nn.Module):
         Args:
             z: `[B, T, dim]` from `temporal`.
             tokens: `[B, dep_q + 1, T]` int32, what is predicted at each position, text first (the last is not read).
+
+        Raises:
+            ValueError: wrong shapes or dtypes.
         """
+        self._check_depth(z, tokens)
         hidden = self._depth_hidden(z, tokens[:, : self.config.dep_q])
         return self._by_row(self.depformer.logits(hidden), *z.shape[:2])
 
     def depth_step(self, z: jax.Array, j: int, token: jax.Array, past):
         """Depth step j of `z [B, dim]` given the token before it `[B]`: logits `[B, card]` and keys for step j + 1."""
         return self.depformer.step(z, j, token, past)
+
+    def _check_temporal(self, delayed, state):
+        c = self.config
+        streams = f"text, then n_q = {c.n_q} audio streams"
+        check_tokens_shape("delayed", delayed, (None, c.num_streams, None), streams)
+        if state is not None and not (isinstance(state, tuple | list) and len(state) == c.num_layers):
+            got = f"{len(state)} entries" if isinstance(state, tuple | list) else type(state).__name__
+            raise ValueError(f"state must hold a LayerState per layer (num_layers = {c.num_layers}), got {got}")
+
+    def _check_depth(self, z, tokens):
+        c = self.config
+        if getattr(z, "ndim", None) != 3 or z.shape[-1] != c.dim or not jnp.issubdtype(z.dtype, jnp.floating):
+            got = f"{z.dtype}{list(z.shape)}" if hasattr(z, "shape") else type(z).__name__
+            raise ValueError(f"z must be floating of shape [B, T, dim = {c.dim}], as temporal returns it, got {got}")
+        streams = f"text, then dep_q = {c.dep_q} audio streams, for each of z's rows and frames"
+        check_tokens_shape("tokens", tokens, (z.shape[0], c.dep_q + 1, z.shape[1]), streams)
 
     def _depth_hidden(self, z, tokens):
         """Step-major `[dep_q, B * T, depformer_dim]`, from `z [B, T, dim]` and the tokens read `[B, dep_q, T]`."""
