@@ -59,11 +59,11 @@ def summary(result: NLLByPosition) -> list[str]:
         f"{result.num_recordings} {result.split} recordings, {hours:.2f} hours, each scored whole and frame by frame "
         f"before the state learns it; attention sees {window:g} s."
     ]
-    for memory, what in (("reset", "resetting it at every segment"), ("off", "no TTT")):
+    for memory, what in (("reset", "resetting it at every segment"), ("off", "switching TTT off in the same model")):
         for streams in ("audio", "text"):
             gains = [g for g in result.gains if (g.memory, g.streams, g.frames) == (memory, streams, "all")]
-            if gains:
-                gain = gains[0].beyond_context
+            gain = gains[0].beyond_context if gains else None
+            if gain is not None and gain.num_tokens:
                 lines.append(
                     f"Carrying the TTT state against {what}: {gain.mean:+.4f} nats per {streams} token "
                     f"({gain.low:+.4f} .. {gain.high:+.4f}) on frames beyond {window:g} s: {_verdict(gain)}."
