@@ -157,7 +157,7 @@ def test_bfloat16_activations_keep_a_float32_state():
     assert set(variables) == {"params"}
     y, state = layer.apply(variables, x)
     assert y.dtype == jnp.bfloat16
-    assert {s.dtype for s in jax.tree.leaves(state.ttt)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert {s.dtype for s in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
 def test_zero_init_outputs_zero_and_lets_wo_learn():

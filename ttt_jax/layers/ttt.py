@@ -150,7 +150,7 @@ class TTTConfig:
 
 
 class TTTLayerState(NamedTuple):
-    """What a layer carries between calls; every leaf leads with B."""
+    """What a layer carries between calls; every leaf leads with B and is float32 (float64) or int32."""
 
     ttt: TTTState
     conv_inputs: (
@@ -247,13 +247,14 @@ class TTTLayer(nn.Module):
         y = self._output(x, out.reshape(x.shape))
         if is_real is not None:
             y = jnp.where(is_real, y, jnp.zeros((), y.dtype))
+        conv_inputs = conv_inputs.astype(at_least_float32(self.dtype))
         return y, TTTLayerState(ttt_state, conv_inputs, self._next_position(x, state, length))
 
     def init_state(self, batch_size: int) -> TTTLayerState:
         """The state of `batch_size` rows that have read nothing; needs the parameters, so call it through `apply`."""
         c = self.config
         reach = c.conv_width - 1 if c.shared_qk else 0
-        conv_inputs = jnp.zeros((batch_size, reach, c.width), self.dtype)
+        conv_inputs = jnp.zeros((batch_size, reach, c.width), at_least_float32(self.dtype))
         return TTTLayerState(init_state(self.inner(), batch_size), conv_inputs, jnp.zeros(batch_size, jnp.int32))
 
     def _check(self, x, state, length, reset, positions):

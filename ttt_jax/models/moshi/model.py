@@ -134,6 +134,7 @@ class Moshi(nn.Module):
         depth = nn.remat(DepthTransformer, methods=["hidden"]) if c.remat else DepthTransformer
         self.text_emb = self.param("text_emb", EMBEDDING_INIT, (c.text_card + 1, c.dim), jnp.float32)
         self.emb = self.param("emb", STACKED_EMBEDDING_INIT, (c.n_q, c.card + 1, c.dim), jnp.float32)
+        # Not scanned: layers differ in kind and context, and stay one to one with a checkpoint's tensors.
         self.layers = [block(c, i) for i in range(c.num_layers)]
         self.out_norm = RMSNorm()
         self.text_linear = self.param("text_linear", KERNEL_INIT, (c.dim, c.text_card), jnp.float32)
