@@ -53,8 +53,7 @@ class TokenRecordings(tfds.core.GeneratorBasedBuilder):
         numbered = list(enumerate(map(str, paths)))
         generate = functools.partial(_generate, self._make_example)
         if self._use_beam:
-            import apache_beam as beam
-
+            beam = tfds.core.lazy_imports.apache_beam
             return beam.Create(numbered) | beam.Map(generate)
         return map(generate, numbered)
 
