@@ -1,4 +1,3 @@
-import json
 import os
 import weakref
 
@@ -128,8 +127,3 @@ def test_a_long_recording_streams():
 
     codes = pipeline.encode_blocks(blocks(), pipeline.get_codec("codec2"))
     assert codes.shape == (16, 250)
-
-
-def test_written_files_are_whole(tmp_path):
-    pipeline.write_atomically(tmp_path / "a.json", json.dumps({"a": 1}))
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

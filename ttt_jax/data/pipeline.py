@@ -28,6 +28,7 @@ from absl import logging
 from ttt_jax.data import text, tokens
 from ttt_jax.data.audio import BadRecordingError
 from ttt_jax.data.codecs import Codec2, encode_blocks, get_codec
+from ttt_jax.files import write_atomically
 
 BUILD_FILE = "build.json"
 RESULT_FILE = "skipped.json"
@@ -135,16 +136,6 @@ def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], d
     total = {split: len(paths) for split, paths in records.items() if paths}
     print(f"{plan.output}: {', '.join(f'{count} {split}' for split, count in total.items())} recordings")
     return skipped
-
-
-def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-    """Write a file so that a kill leaves either the old one or the new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _digest(*parts: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from matplotlib.figure import Figure
 
 from ttt_jax.evaluation.nll_by_position import NLLByPosition
+from ttt_jax.files import write_atomically
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -109,9 +110,7 @@ def write_report(
     parts.append("<h2>Streams</h2>" + _html_table(STREAM_COLUMNS, stream_rows(result)))
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     page = "\n".join([f'<!doctype html><html lang="en">{head}', *parts, "</html>\n"])
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, page)
 
 
 def png(figure: Figure) -> bytes:

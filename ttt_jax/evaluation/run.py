@@ -14,6 +14,7 @@ from ttt_jax.data.tokens import TOKENIZER_FILE
 from ttt_jax.evaluation import plots, report
 from ttt_jax.evaluation.continuation import continue_recording, spoken_text, write_wav
 from ttt_jax.evaluation.nll_by_position import NLLByPosition, nll_by_position
+from ttt_jax.files import write_atomically
 from ttt_jax.models.moshi import MoshiConfig
 
 BENCHMARKS = ("nll_by_position",)
@@ -51,7 +52,9 @@ def run(
     result = nll_by_position(config, params, held_out, train, validation, split=split)
     output = output or model
     output.mkdir(parents=True, exist_ok=True)
-    _replace(output / "nll_by_position.json", json.dumps(_plain(dataclasses.asdict(result)), indent=1, allow_nan=False))
+    write_atomically(
+        output / "nll_by_position.json", json.dumps(_plain(dataclasses.asdict(result)), indent=1, allow_nan=False)
+    )
     wav, note = _continuation(config, params, held_out, data, output)
     return _report(model, result, output, wav, note)
 
@@ -101,7 +104,7 @@ def _report(
     if training is not None:
         figures["Training"] = training
     for heading, name in (("NLL by position", "nll_by_position.png"), ("Streams", "streams.png")):
-        _replace(output / name, report.png(figures[heading]))
+        write_atomically(output / name, report.png(figures[heading]))
     path = output / "report.html"
     report.write_report(
         path, result, figures, title=f"{model.name}: {result.split} recordings", audio=wav, audio_note=note
@@ -118,9 +121,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _replace(path: pathlib.Path, content: str | bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)

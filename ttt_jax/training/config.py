@@ -9,6 +9,7 @@ from typing import Any
 from ttt_jax.checkpoint import CHECKPOINTS, step_directories
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
+from ttt_jax.files import write_atomically
 from ttt_jax.models.moshi import MoshiConfig
 
 RESUMABLE = ("checkpoint", "log", "validation")
@@ -205,7 +206,7 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
                 f"Use a new --workdir, or restore these values; only {', '.join(RESUMABLE)} may change on resume."
             )
     workdir.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(new, indent=2) + "\n")
+    write_atomically(path, json.dumps(new, indent=2) + "\n")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -213,10 +214,3 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
         keys = dict.fromkeys([*old, *new])
         return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
-
-
-def replace_file(path: pathlib.Path, text: str) -> None:
-    """Writes a text file so that a kill leaves either the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

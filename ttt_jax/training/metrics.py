@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ttt_jax.training.config import replace_file
+from ttt_jax.files import write_atomically
 
 
 class MetricsFile:
@@ -20,7 +20,7 @@ class MetricsFile:
 
     def __init__(self, path: pathlib.Path, step: int):
         if path.exists():
-            replace_file(path, "".join(line for line in path.read_text().splitlines(True) if _is_kept(line, step)))
+            write_atomically(path, "".join(line for line in path.read_text().splitlines(True) if _is_kept(line, step)))
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsFile":
