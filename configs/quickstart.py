@@ -16,7 +16,15 @@ def get_config() -> ml_collections.ConfigDict:
     """The quickstart; the model's streams and vocabularies come from the dataset. A placeholder is None until set."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.data = {"directory": "data/quickstart", "num_frames": 512, "batch_size": 1}
+    config.data = {
+        "directory": "data/quickstart",
+        "num_frames": 512,
+        "batch_size": 1,
+        "mode": "crops",
+        "gradient_chunks": 1,
+        "recording_frames": placeholder(int),
+        "stages": (),
+    }
     config.model = {
         "dim": 256,
         "num_layers": 6,
@@ -54,6 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
         "b2": 0.95,
         "weight_decay": 0.1,
         "clip_norm": 1.0,
+        "accumulate": 1,
     }
     # Codec2's fields are equals: no codebook carries the meaning of the others.
     config.loss = {"first_codebook_weight": 1.0, "text_padding_weight": 0.5}

@@ -57,11 +57,12 @@ def test_the_answer_to_a_question_stands_in_the_text_at_its_time(small_dataset):
 
 
 def test_batches_are_crops_of_recordings(train):
-    batch = reader.batches(train, seed=0, batch_size=4, num_frames=32)[7]
-    assert batch.shape == (4, 17, 32)
-    assert batch.dtype == np.int32
+    drawn = reader.crops(train, seed=0, num_frames=32)
+    batch = [drawn[i] for i in range(4)]
     everything = [train[i].codes for i in range(len(train))]
     for crop in batch:
+        assert crop.shape == (17, 32)
+        assert crop.dtype == np.int32
         assert any(
             (np.lib.stride_tricks.sliding_window_view(codes, 32, axis=1)[:, start] == crop).all()
             for codes in everything
@@ -70,24 +71,24 @@ def test_batches_are_crops_of_recordings(train):
 
 
 def test_a_step_needs_no_steps_before_it(train):
-    forward = reader.batches(train, seed=1, batch_size=2, num_frames=16)
+    forward = reader.crops(train, seed=1, num_frames=16)
     seen = [forward[step] for step in range(6)]
-    resumed = reader.batches(train, seed=1, batch_size=2, num_frames=16)
+    resumed = reader.crops(train, seed=1, num_frames=16)
     for step in (5, 3, 4):
         np.testing.assert_array_equal(resumed[step], seen[step])
     assert not np.array_equal(seen[0], seen[1])
-    assert not np.array_equal(seen[0], reader.batches(train, seed=2, batch_size=2, num_frames=16)[0])
-    assert reader.batches(train, seed=1, batch_size=2, num_frames=16)[10**9].shape == (2, 17, 16)
+    assert not np.array_equal(seen[0], reader.crops(train, seed=2, num_frames=16)[0])
+    assert reader.crops(train, seed=1, num_frames=16)[10**9].shape == (17, 16)
 
 
-def test_another_process_draws_the_same_batches(small_dataset, train):
+def test_another_process_draws_the_same_crops(small_dataset, train):
     code = (
-        "import sys; from ttt_jax.data.reader import batches, open_dataset\n"
-        "b = batches(open_dataset(sys.argv[1], 'train'), seed=9, batch_size=3, num_frames=20)[11]\n"
+        "import sys; from ttt_jax.data.reader import crops, open_dataset\n"
+        "b = crops(open_dataset(sys.argv[1], 'train'), seed=9, num_frames=20)[11]\n"
         "sys.stdout.write(b.tobytes().hex())"
     )
     out = subprocess.run([sys.executable, "-c", code, small_dataset], capture_output=True, text=True, check=True).stdout
-    assert out == reader.batches(train, seed=9, batch_size=3, num_frames=20)[11].tobytes().hex()
+    assert out == reader.crops(train, seed=9, num_frames=20)[11].tobytes().hex()
 
 
 class Counting:
@@ -107,7 +108,8 @@ class Counting:
 
 def test_frames_are_about_equally_likely_and_short_recordings_padded():
     dataset = Counting([400, 100, 5, 20])
-    drawn = reader.batches(dataset, seed=0, batch_size=4000, num_frames=20)[0][:, 0]  # type: ignore[arg-type]
+    crops = reader.crops(dataset, seed=0, num_frames=20)  # type: ignore[arg-type]
+    drawn = np.stack([crops[i] for i in range(4000)])[:, 0]
     assert (drawn[(drawn == 500).any(axis=1)] == [500, 501, 502, 503, 504] + [-1] * 15).all()
     counts = np.bincount(drawn[drawn >= 0], minlength=525)
     # 80 000 frames over weights 400 + 100 + 20 + 20. A recording's ends are in fewer crops, so compare averages;
@@ -136,9 +138,7 @@ def test_bad_input(small_dataset, train):
     with pytest.raises(IndexError, match="outside this split"):
         train[len(train)]
     with pytest.raises(ValueError, match="num_frames: expected a positive integer, got 0"):
-        reader.batches(train, seed=0, batch_size=1, num_frames=0)
-    with pytest.raises(ValueError, match="batch_size: expected a positive integer, got -1"):
-        reader.batches(train, seed=0, batch_size=-1, num_frames=4)
+        reader.crops(train, seed=0, num_frames=0)
 
 
 def test_codes_outside_the_described_cardinality(small_dataset, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ttt_jax.data.reader import batches, open_dataset
+from ttt_jax.data.reader import crops, open_dataset
 from ttt_jax.evaluation.scoring import score_recordings
 
 RATE_HZ = 8000
@@ -65,7 +65,7 @@ def test_tokens_are_whole_and_scored_to_the_last_frame(dataset, config, params):
     assert recordings.num_frames.tolist() == [frames]
     codes = recordings[0].codes
     assert codes.shape == (17, frames)
-    assert batches(recordings, seed=0, batch_size=1, num_frames=64)[3].shape == (1, 17, 64)
+    assert crops(recordings, seed=0, num_frames=64)[3].shape == (17, 64)
 
     own = np.where(codes[: config.num_streams] < 0, -1, codes[: config.num_streams] % config.card)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

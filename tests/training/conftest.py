@@ -21,7 +21,7 @@ TINY = pathlib.Path(__file__).parent / "tiny.py"
 class Run:
     """train.py on the tiny config in one workdir; each `start` is a process."""
 
-    def __init__(self, dataset: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path):
+    def __init__(self, dataset: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path, mode: str = "crops"):
         self.workdir = workdir
         self._command = [
             sys.executable,
@@ -29,6 +29,7 @@ class Run:
             f"--config={TINY}",
             f"--workdir={workdir}",
             f"--config.data.directory={dataset}",
+            f"--config.data.mode={mode}",
         ]
         self._environment = {
             **os.environ,
@@ -133,6 +134,20 @@ def tiny_config_path() -> pathlib.Path:
 @pytest.fixture
 def new_run(dataset, tmp_path, compilation_cache) -> Run:
     return Run(dataset, tmp_path / "run", compilation_cache)
+
+
+@pytest.fixture
+def new_follow_run(dataset, tmp_path, compilation_cache) -> Run:
+    return Run(dataset, tmp_path / "run", compilation_cache, "follow")
+
+
+@pytest.fixture(scope="session")
+def undisturbed_follow(dataset, tmp_path_factory, compilation_cache) -> Run:
+    """The same, following recordings."""
+    run = Run(dataset, tmp_path_factory.mktemp("undisturbed_follow"), compilation_cache, "follow")
+    code, output = run.finish()
+    assert code == 0, output
+    return run
 
 
 @pytest.fixture(scope="session")

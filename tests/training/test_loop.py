@@ -11,6 +11,7 @@ import soundfile
 from ttt_jax.checkpoint import load
 from ttt_jax.config import from_mapping
 from ttt_jax.data import prepare, reader
+from ttt_jax.data.chunks import Chunk
 from ttt_jax.training import ExperimentConfig, NonFiniteError, run, train
 
 
@@ -92,14 +93,14 @@ def test_a_folder_too_small_for_a_validation_split(mapping, tmp_path, capsys):
 
 
 class Slow:
-    """Batches that take half a second each."""
+    """Chunks that take half a second each."""
 
-    def __init__(self, batches):
-        self._batches = batches
+    def __init__(self, chunks):
+        self._chunks = chunks
 
     def __getitem__(self, step):
         time.sleep(0.5)
-        return self._batches[step]
+        return self._chunks[step]
 
 
 def test_the_speed_is_that_of_the_updates_alone(tmp_path):
@@ -118,8 +119,9 @@ def test_the_speed_is_that_of_the_updates_alone(tmp_path):
             "validation": {"every_steps": 2, "num_batches": 2},
         },
     )
-    codes = np.random.default_rng(0).integers(0, 20, (6, 2, 3, 24)).astype(np.int32)
-    assert train(config, tmp_path, codes, Slow(codes)) == 6
+    tokens = np.random.default_rng(0).integers(0, 20, (6, 2, 3, 25)).astype(np.int32)
+    chunks = [Chunk(t, np.full(2, 24, np.int32), np.ones(2, bool)) for t in tokens]
+    assert train(config, tmp_path, chunks, Slow(chunks)) == 6
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [line["train"]["frames_per_second"] for line in lines if "train" in line]
     assert len(rates) == 3

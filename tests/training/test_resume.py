@@ -66,6 +66,18 @@ def test_killed_at_any_moment_it_ends_with_the_same_parameters(new_run, undistur
     assert_same_result(new_run, undisturbed)
 
 
+def test_killed_while_following_recordings_it_ends_with_the_same_parameters(new_follow_run, undisturbed_follow):
+    run = new_follow_run
+    for step in (9, 31):  # in the middle of recordings: the state carried so far is in the checkpoint
+        process = run.start()
+        run.wait(process, lambda step=step: has_checkpoint(run) and run.last_step() >= step)
+        kill(process)
+    code, output = run.finish()
+    assert code == 0, output
+    assert "resuming after step" in output
+    assert_same_result(run, undisturbed_follow)
+
+
 def test_sigterm_saves_exits_0_and_resumes(new_run, undisturbed):
     process = new_run.start()
     new_run.wait(process, lambda: new_run.last_step() >= 10)

@@ -6,7 +6,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 3
-    config.data = {"directory": "", "num_frames": 24, "batch_size": 2}
+    config.data = {"directory": "", "num_frames": 24, "batch_size": 2, "mode": "crops", "gradient_chunks": 1}
     config.model = {
         "dim": 32,
         "num_layers": 2,

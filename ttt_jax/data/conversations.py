@@ -28,7 +28,7 @@ class Conversation:
         self.plan = plan
         self.wav = wav
         self.id = plan.name
-        self.version = f"{plan.minutes}"
+        self.version = f"{plan.minutes} {plan.facts_per_minute} {plan.questions_per_fact}"
         self.cost = plan.minutes
 
     def read(self, codec: Codec2) -> pipeline.Speech:
@@ -95,6 +95,8 @@ def make(
     seed: int,
     min_minutes: float = 5.0,
     max_minutes: float = 60.0,
+    facts_per_minute: float = 0.5,
+    questions_per_fact: int = 1,
     codec: str = "codec2",
     tokenizer: pathlib.Path | None = None,
     vocab_size: int = 1000,
@@ -104,7 +106,8 @@ def make(
     """What the program does, as a function; arguments are its flags."""
     if not 0 < min_minutes <= max_minutes:
         raise ValueError(f"min_minutes: expected 0 < min_minutes <= max_minutes, got {min_minutes} and {max_minutes}")
-    outlines = dialogue.outlines(seed, hours, min_minutes, max_minutes)
+    density = {"facts_per_minute": facts_per_minute, "questions_per_fact": questions_per_fact}
+    outlines = dialogue.outlines(seed, hours, min_minutes, max_minutes, **density)
     tests = [outline.index for outline in outlines if outline.split == "test"][:keep_wav]
     sources = [Conversation(o, output / "wav" / f"{o.name}.wav" if o.index in tests else None) for o in outlines]
     splits = {source.id: source.plan.split for source in sources}
@@ -114,6 +117,7 @@ def make(
         "seed": seed,
         "min_minutes": min_minutes,
         "max_minutes": max_minutes,
+        **density,
         "codec": codec,
         "tokenizer": None if tokenizer is None else str(tokenizer),
         "vocab_size": vocab_size,
@@ -132,6 +136,8 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         flags.DEFINE_string("codec", "codec2", "Audio codec."),
         flags.DEFINE_float("min_minutes", 5.0, "Shortest recording.", lower_bound=0.05),
         flags.DEFINE_float("max_minutes", 60.0, "Longest recording.", lower_bound=0.05),
+        flags.DEFINE_float("facts_per_minute", 0.5, "Facts planted per minute, at most 24.", lower_bound=0.0),
+        flags.DEFINE_integer("questions_per_fact", 1, "How often each fact is asked for.", lower_bound=1),
         flags.DEFINE_integer("vocab_size", 1000, "Upper limit of the tokenizer's vocabulary."),
         flags.DEFINE_string("tokenizer", None, "Sentencepiece model to use instead of training one."),
         flags.DEFINE_integer("keep_wav", 0, "Test recordings whose audio is kept in OUTPUT/wav.", lower_bound=0),

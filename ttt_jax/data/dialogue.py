@@ -26,18 +26,20 @@ _NUM_DISTRACTORS = 9
 _SECONDS_PER_LETTER = 0.0555  # of text, spaces counted, at 175 words per minute; measured
 _ZIPF_EXPONENT = 1.1
 _FILLER_PROBABILITY = 0.3
-_FACTS_PER_MINUTE = 0.5
 _REPEAT_PROBABILITY = 0.3
+_SHORTEST_GAP_S = 5.0  # between a statement and its further questions
 
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """Which recording to write, how long about, and for which split."""
+    """Which recording to write, how long about, for which split, and how densely facts are planted and asked for."""
 
     seed: int
     index: int
     minutes: float
     split: str
+    facts_per_minute: float = 0.5
+    questions_per_fact: int = 1
 
     @property
     def name(self) -> str:
@@ -80,14 +82,17 @@ def split_of(index: int) -> str:
     return "validation" if index % 12 == 4 else "train"
 
 
-def outlines(seed: int, hours: float, min_minutes: float, max_minutes: float) -> list[Outline]:
-    """As many recordings as make up the hours, at least two; lengths are log-uniform between the limits."""
+def outlines(seed: int, hours: float, min_minutes: float, max_minutes: float, **density) -> list[Outline]:
+    """As many recordings as make up the hours, at least two; lengths are log-uniform between the limits.
+
+    `density` is `facts_per_minute` and `questions_per_fact` of every `Outline`.
+    """
     found: list[Outline] = []
     minutes = 0.0
     while minutes < 60 * hours or len(found) < 2:
         rng = np.random.default_rng((seed, len(found), 0))
         length = float(np.exp(rng.uniform(np.log(min_minutes), np.log(max_minutes))))
-        found.append(Outline(seed, len(found), length, split_of(len(found))))
+        found.append(Outline(seed, len(found), length, split_of(len(found)), **density))
         minutes += length
     return found
 
@@ -157,7 +162,7 @@ class _Writer:
     def _facts(self) -> list[dict[str, Any]]:
         """The planted facts, each of another (kind, owner); in test recordings half of them have held-out values."""
         pairs = [(kind, owner) for kind in topics.FACTS for owner in SPEAKERS]
-        count = int(np.clip(round(_FACTS_PER_MINUTE * self.outline.minutes), 1, len(pairs)))
+        count = int(np.clip(round(self.outline.facts_per_minute * self.outline.minutes), 1, len(pairs)))
         return [self._fact(*pairs[i]) for i in self.rng.permutation(len(pairs))[:count]]
 
     def _fact(self, kind: str, owner: str) -> dict[str, Any]:
@@ -176,7 +181,8 @@ class _Writer:
     def _appointments(self, facts: list[dict[str, Any]]) -> list[tuple]:
         """When each fact is stated, restated and asked for, in order of time.
 
-        Facts are stated in the first 60 % and asked for later, at any distance that the recording allows.
+        Facts are stated in the first 60 % and asked for later, at any distance that the recording allows; further
+        questions come at log-uniform distances, so that every gap from seconds on has its share.
         """
         total = 60 * self.outline.minutes
         plan = []
@@ -187,6 +193,9 @@ class _Writer:
             if self.rng.random() < _REPEAT_PROBABILITY:
                 plan.append((self.rng.uniform(stated, asked), self._state, number))
             plan.append((asked, self._ask, number))
+            for _ in range(self.outline.questions_per_fact - 1):
+                gap = np.exp(self.rng.uniform(np.log(_SHORTEST_GAP_S), np.log(total - stated)))
+                plan.append((stated + gap, self._ask, number))
         return sorted(plan, key=lambda item: item[0])
 
     def _state(self, fact: dict[str, Any], number: int) -> None:

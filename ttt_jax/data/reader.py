@@ -1,4 +1,4 @@
-"""Opening a token dataset and drawing batches from it, by index alone."""
+"""Opening a token dataset and drawing crops from it, by index alone."""
 
 import json
 import pathlib
@@ -96,15 +96,17 @@ def _finished(directory: pathlib.Path) -> tuple[TokenInfo, dict[str, list[int]]]
     return info_from_json(directory / INFO_FILE)
 
 
-def batches(dataset: TokenDataset, *, seed: int, batch_size: int, num_frames: int) -> grain.MapDataset:
-    """Random crops by step: `batches(...)[step]` -> codes int32 [batch_size, streams, num_frames].
+def crops(dataset: TokenDataset, *, seed: int, num_frames: int) -> grain.MapDataset:
+    """Random crops by index: `crops(...)[i]` -> codes int32 [streams, num_frames].
 
-    A batch follows from (seed, step) alone. A recording is drawn in proportion to its length and the crop's start
+    A crop follows from (seed, i) alone. A recording is drawn in proportion to its length and the crop's start
     uniformly, so every frame is about equally likely; a recording shorter than the crop is padded with -1 at its end.
+
+    Raises:
+        ValueError: `num_frames` below 1, or no recordings.
     """
-    for name, value in (("batch_size", batch_size), ("num_frames", num_frames)):
-        if value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value}")
+    if num_frames < 1:
+        raise ValueError(f"num_frames: expected a positive integer, got {num_frames}")
     if len(dataset) == 0:
         raise ValueError("dataset: expected at least one recording, got none")
     weights = np.maximum(dataset.num_frames, num_frames).cumsum()
@@ -116,5 +118,4 @@ def batches(dataset: TokenDataset, *, seed: int, batch_size: int, num_frames: in
         piece = codes[:, start : start + num_frames]
         return np.pad(piece, ((0, 0), (0, num_frames - piece.shape[1])), constant_values=MISSING)
 
-    crops = grain.MapDataset.range(_NUM_CROPS).seed(seed).random_map(crop)
-    return crops.batch(batch_size)
+    return grain.MapDataset.range(_NUM_CROPS).seed(seed).random_map(crop)

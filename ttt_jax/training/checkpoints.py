@@ -50,14 +50,20 @@ def _read(path: pathlib.Path, abstract: TrainState) -> TrainState:
     read_metadata(path)  # What can be resumed can be loaded as a model too.
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
-    progress = {"step": placed.step, "optimizer": placed.optimizer}
+    progress = _progress(placed)
     # One after the other: when one of several fails, Orbax leaves the others' coroutines unawaited.
     params = ocp.load(str(path), placed.params, checkpointable_name=PARAMS)
     progress = ocp.load(str(path), progress, checkpointable_name=PROGRESS)
-    state = TrainState(progress["step"], params, progress["optimizer"])
+    state = TrainState(progress["step"], params, progress["optimizer"], progress.get("carry", ()))
     if int(state.step) != int(path.name):
         raise ValueError(f"{path} holds step {int(state.step)}.")
     return state
+
+
+def _progress(state: TrainState) -> dict[str, Any]:
+    """All of a state but the parameters."""
+    carried = {"carry": state.carry} if state.carry else {}
+    return {"step": state.step, "optimizer": state.optimizer, **carried}
 
 
 class Checkpoints:
@@ -105,7 +111,7 @@ class Checkpoints:
             raise NonFiniteError(f"The parameters after step {step} are not finite. {self.advice()}")
         self._checkpointer.save_checkpointables_async(
             step,
-            {PARAMS: state.params, PROGRESS: {"step": state.step, "optimizer": state.optimizer}},
+            {PARAMS: state.params, PROGRESS: _progress(state)},
             force=True,
             custom_metadata=self._model,
         )

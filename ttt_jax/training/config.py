@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ttt_jax.checkpoint import CHECKPOINTS, step_directories
 from ttt_jax.config import from_mapping
@@ -23,18 +23,67 @@ def _require(**conditions: tuple[bool, str, Any]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """An early part of the training, `steps` updates long, with sizes of its own; state is not carried out of it.
+
+    Attributes:
+        steps: Updates.
+        num_frames: As in `DataConfig`.
+        recording_frames: As in `DataConfig`.
+    """
+
+    steps: int
+    num_frames: int
+    recording_frames: int | None = None
+
+    def __post_init__(self):
+        _require(steps=(self.steps >= 1, "at least 1", self.steps))
+        _check_frames(self.num_frames, self.recording_frames)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What a batch is: `batch_size` random crops of `num_frames` frames from the dataset in `directory`."""
+    """What an update reads of the dataset in `directory`: `batch_size` rows of `num_frames` frames.
+
+    Attributes:
+        directory: Of the token dataset.
+        num_frames: Frames of a row in one update, or in each of `gradient_chunks`.
+        batch_size: Rows.
+        mode: "crops": random crops, each a fresh start. "follow": each row walks through one recording after the other,
+            chunk by chunk, with its attention caches and TTT states carried and reset where a recording starts.
+        gradient_chunks: When following, chunks per update. Gradients flow through all of them and stop at the update's
+            first frame; activations of one chunk at a time are in memory.
+        recording_frames: When following, recordings are cut into pieces of so many frames; None leaves them whole.
+        stages: A curriculum of shorter chunks or recordings before these sizes take over.
+    """
 
     directory: str
     num_frames: int = 512
     batch_size: int = 4
+    mode: Literal["crops", "follow"] = "crops"
+    gradient_chunks: int = 1
+    recording_frames: int | None = None
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self):
+        _check_frames(self.num_frames, self.recording_frames)
         _require(
-            num_frames=(self.num_frames >= 2, "at least 2 frames", self.num_frames),
             batch_size=(self.batch_size >= 1, "at least 1", self.batch_size),
+            gradient_chunks=(self.gradient_chunks >= 1, "at least 1", self.gradient_chunks),
         )
+        if self.mode == "crops":
+            pieces = [self.recording_frames, *(stage.recording_frames for stage in self.stages)]
+            _require(
+                gradient_chunks=(self.gradient_chunks == 1, "1 unless mode is 'follow'", self.gradient_chunks),
+                recording_frames=(not any(pieces), "None unless mode is 'follow'", pieces),
+            )
+
+
+def _check_frames(num_frames: int, recording_frames: int | None) -> None:
+    _require(
+        num_frames=(num_frames >= 2, "at least 2 frames", num_frames),
+        recording_frames=(recording_frames is None or recording_frames >= 2, "at least 2 frames", recording_frames),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +96,7 @@ class OptimizerConfig:
         warmup_steps: Updates until the peak.
         final_learning_rate_fraction: Learning rate after the last update, as a fraction of the peak.
         clip_norm: Gradients are scaled down to this global L2 norm.
+        accumulate: Groups of rows that are read one after the other to save memory; the update is the same.
     """
 
     learning_rate: float = 1e-3
@@ -57,6 +107,7 @@ class OptimizerConfig:
     b2: float = 0.95
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    accumulate: int = 1
 
     def __post_init__(self):
         final = self.final_learning_rate_fraction
@@ -69,6 +120,7 @@ class OptimizerConfig:
             b2=(0 <= self.b2 < 1, "a decay in [0, 1)", self.b2),
             weight_decay=(self.weight_decay >= 0, "0 or more", self.weight_decay),
             clip_norm=(self.clip_norm > 0, "more than 0", self.clip_norm),
+            accumulate=(self.accumulate >= 1, "at least 1", self.accumulate),
         )
 
 
@@ -154,7 +206,11 @@ class ExperimentConfig:
     validation: ValidationConfig = ValidationConfig()
 
     def __post_init__(self):
-        _require(seed=(0 <= self.seed < 2**31, "a non-negative 31-bit integer", self.seed))
+        groups, rows = self.optimizer.accumulate, self.data.batch_size
+        _require(
+            seed=(0 <= self.seed < 2**31, "a non-negative 31-bit integer", self.seed),
+            **{"optimizer.accumulate": (rows % groups == 0, f"a divisor of data.batch_size = {rows}", groups)},
+        )
 
 
 def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ttt_jax.config import from_mapping
-from ttt_jax.data.reader import batches, open_dataset, splits
-from ttt_jax.training.config import ExperimentConfig, claim_workdir, with_vocabulary
+from ttt_jax.data.chunks import Chunks, Crops, Stages, Walks
+from ttt_jax.data.reader import TokenDataset, open_dataset, splits
+from ttt_jax.training.config import ExperimentConfig, Stage, claim_workdir, with_vocabulary
 from ttt_jax.training.loop import train
 
 VALIDATION = "validation"
@@ -36,13 +37,34 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path) -> tuple[int, int]:
     training = open_dataset(config.data.directory, "train")
     model = with_vocabulary(mapping.get("model", {}), training.info)
     config = dataclasses.replace(config, model=model)
-    crops = functools.partial(batches, batch_size=config.data.batch_size, num_frames=config.data.num_frames)
     validation = None
     if config.validation.every_steps and VALIDATION in splits(config.data.directory):
-        validation = crops(open_dataset(config.data.directory, VALIDATION), seed=VALIDATION_SEED)
+        held_out = open_dataset(config.data.directory, VALIDATION)
+        validation = _chunks(config, held_out, Crops, num_frames=config.data.num_frames, seed=VALIDATION_SEED)
     elif config.validation.every_steps:
         print(f"no validation: {config.data.directory} is too small to hold such a split", file=sys.stderr)
-    training_batches = crops(training, seed=config.seed)
+    chunks = training_chunks(config, training)
     # Last, so that a start that fails leaves nothing behind.
     claim_workdir(workdir, config)
-    return train(config, workdir, training_batches, validation), config.optimizer.steps
+    return train(config, workdir, chunks, validation), config.optimizer.steps
+
+
+def training_chunks(config: ExperimentConfig, dataset: TokenDataset) -> Chunks:
+    """What each update of the experiment reads: the stages of its curriculum, then the data section's own sizes."""
+    data = config.data
+    stages = []
+    for stage in (*data.stages, Stage(config.optimizer.steps, data.num_frames, data.recording_frames)):
+        if data.mode == "follow":
+            frames = stage.num_frames * data.gradient_chunks
+            make = functools.partial(Walks, num_frames=frames, recording_frames=stage.recording_frames)
+        else:
+            make = functools.partial(Crops, num_frames=stage.num_frames)
+        stages.append((stage.steps, _chunks(config, dataset, make, seed=config.seed)))
+    return Stages(stages)
+
+
+def _chunks(config: ExperimentConfig, dataset: TokenDataset, make: Callable[..., Chunks], **options: Any) -> Chunks:
+    model = config.model
+    return make(
+        dataset, batch_size=config.data.batch_size, delays=model.delays, initial=model.initial_tokens, **options
+    )

@@ -5,14 +5,14 @@ import functools
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from ttt_jax.data.chunks import Chunk, Chunks
 from ttt_jax.training import step as steps
 from ttt_jax.training.checkpoints import Checkpoints, NonFiniteError, restore_latest
 from ttt_jax.training.config import ExperimentConfig
@@ -20,24 +20,18 @@ from ttt_jax.training.metrics import MetricsFile
 from ttt_jax.training.signals import StopRequest
 
 
-class Batches(Protocol):
-    """Random access to batches: `batches[i]` is codes [B, 1 + n_q, T] int32, the same at every call."""
-
-    def __getitem__(self, step: int, /) -> Any: ...
-
-
-def train(config: ExperimentConfig, workdir: pathlib.Path, training: Batches, validation: Batches | None) -> int:
+def train(config: ExperimentConfig, workdir: pathlib.Path, training: Chunks, validation: Chunks | None) -> int:
     """Trains to `config.optimizer.steps` updates, going on from the newest readable checkpoint in `workdir`.
 
-    Policy: update i reads batch i - 1 and nothing else but the state, so a killed run that is started again ends with
+    Policy: update i reads chunk i - 1 and nothing else but the state, so a killed run that is started again ends with
     the parameters of an undisturbed one. A checkpoint is written after the metrics up to its step.
 
     Args:
         config: The experiment.
         workdir: Gets `checkpoints/` and `metrics.jsonl`.
-        training: Batches to train on.
-        validation: Batches whose first `config.validation.num_batches` are scored; None: there is no validation,
-            whatever the config says.
+        training: Chunks to train on.
+        validation: Chunks of fresh rows, whose first `config.validation.num_batches` are scored; None: there is no
+            validation, whatever the config says.
 
     Returns:
         The updates done: fewer than asked for after SIGTERM or SIGINT, which save and stop.
@@ -63,33 +57,38 @@ class _Functions:
     def __init__(self, config: ExperimentConfig):
         self.abstract_state = jax.eval_shape(functools.partial(steps.init_state, config))
         self.diagnostics = jax.jit(functools.partial(steps.diagnostics, config))
-        self.loss = jax.jit(lambda params, codes: steps.loss(config, params, codes)[1])
-        self._update = jax.jit(functools.partial(steps.train_step, config), donate_argnums=0)
-        self._config = config
+        self.evaluate = jax.jit(functools.partial(steps.evaluate, config))
+        self._train_step = jax.jit(functools.partial(steps.train_step, config), donate_argnums=0)
+        self._updates: dict[tuple[int, ...], Any] = {}
 
-    def compile_update(self) -> Callable[[steps.TrainState, Any], tuple[steps.TrainState, dict]]:
-        """The update, compiled before the first batch so that the measured speed does not contain it."""
-        data = self._config.data
-        codes = jax.ShapeDtypeStruct((data.batch_size, 1 + self._config.model.n_q, data.num_frames), jnp.int32)
-        return self._update.lower(self.abstract_state, codes).compile()
+    def is_compiled(self, chunk: Chunk) -> bool:
+        """Whether `update` is ready for a chunk of this size."""
+        return chunk.tokens.shape in self._updates
+
+    def compile(self, chunk: Chunk) -> None:
+        """Makes `update` ready, so that the measured speed does not contain it."""
+        self._updates[chunk.tokens.shape] = self._train_step.lower(self.abstract_state, chunk).compile()
+
+    def update(self, state: steps.TrainState, chunk: Chunk) -> tuple[steps.TrainState, dict]:
+        """`train_step`; `state` is given up."""
+        return self._updates[chunk.tokens.shape](state, chunk)
 
 
-def _updates(config, state, functions, batches, checkpoints, reporter, stop) -> int:
-    training, validation = batches
+def _updates(config, state, functions, chunks, checkpoints, reporter, stop) -> int:
+    training, validation = chunks
     last = config.optimizer.steps
     step = int(state.step)
-    if step == last:
-        return step
-    update = functions.compile_update()
-    reporter.start_clock()
     while step < last and not stop.requested:
         step += 1
-        codes = jnp.asarray(training[step - 1])
-        state, metrics = update(state, codes)
-        reporter.push(step, metrics)
+        chunk = training[step - 1]
+        if not functions.is_compiled(chunk):
+            with reporter.pause():
+                functions.compile(chunk)
         if _is_multiple(step, config.log.diagnostics_every_steps):
             with reporter.pause():
-                reporter.write(step, "diagnostics", functions.diagnostics(state.params, codes))
+                reporter.write(step, "diagnostics", functions.diagnostics(state.params, chunk, state.carry))
+        state, metrics = functions.update(state, chunk)
+        reporter.push(step, metrics, int(chunk.length.sum()))
         if validation is not None and _validation_is_due(config, step):
             with reporter.pause():
                 reporter.write(step, "validation", _validate(config, functions, state.params, validation))
@@ -112,8 +111,8 @@ def _validation_is_due(config: ExperimentConfig, step: int) -> bool:
     return _is_multiple(step, every) or (every > 0 and step == config.optimizer.steps)
 
 
-def _validate(config, functions, params, batches: Batches) -> dict[str, Any]:
-    scores = [functions.loss(params, jnp.asarray(batches[i])) for i in range(config.validation.num_batches)]
+def _validate(config, functions, params, chunks: Chunks) -> dict[str, Any]:
+    scores = [functions.evaluate(params, chunks[i]) for i in range(config.validation.num_batches)]
     return jax.tree.map(lambda *values: np.mean(jax.device_get(values), axis=0), *scores)
 
 
@@ -131,20 +130,16 @@ class _Reporter:
         self._config = config
         self._metrics = metrics
         self._checkpoints = checkpoints
-        self._pending: tuple[int, dict] | None = None
+        self._pending: tuple[int, dict, int] | None = None
         self._bar = tqdm.tqdm(initial=start, total=config.optimizer.steps, unit="step", dynamic_ncols=True)
-        self._logged_step = start
+        self._frames = 0
+        self._logged_at = time.perf_counter()
 
     def __enter__(self) -> "_Reporter":
         return self
 
     def __exit__(self, *exception) -> None:
         self._bar.close()
-
-    def start_clock(self) -> None:
-        """From here on time counts as training."""
-        self._logged_at = time.perf_counter()
-        self._bar.unpause()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -153,11 +148,12 @@ class _Reporter:
         begun = time.perf_counter()
         yield
         self._logged_at += time.perf_counter() - begun
+        self._bar.unpause()
 
-    def push(self, step: int, metrics: dict) -> None:
+    def push(self, step: int, metrics: dict, num_frames: int) -> None:
         """Reports the update before this one, and keeps this one's metrics for later."""
         self._flush()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, num_frames)
 
     def write(self, step: int, kind: str, values: dict) -> None:
         """Writes further metrics of `step`, after those of the update itself."""
@@ -172,8 +168,9 @@ class _Reporter:
     def _flush(self) -> None:
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, num_frames = self._pending
         self._pending = None
+        self._frames += num_frames
         loss = float(metrics["loss"])
         if not np.isfinite(loss):
             raise NonFiniteError(f"The loss at step {step} is {loss}. {self._checkpoints.advice()}")
@@ -183,8 +180,7 @@ class _Reporter:
 
     def _log(self, step: int, metrics: dict) -> None:
         now = time.perf_counter()
-        frames = (step - self._logged_step) * self._config.data.batch_size * self._config.data.num_frames
-        rate = frames / (now - self._logged_at)
-        self._logged_step, self._logged_at = step, now
+        rate = self._frames / (now - self._logged_at)
+        self._frames, self._logged_at = 0, now
         self._metrics.write(step, "train", {**metrics, "frames_per_second": rate})
         self._bar.set_postfix_str(f"loss {float(metrics['loss']):.3f}, {rate:.0f} frames/s")

@@ -1,11 +1,14 @@
-"""One update: loss, gradients, AdamW; and the loss and diagnostics alone. Pure functions of (state, codes)."""
+"""One update: loss, gradients, AdamW; and the loss and diagnostics alone. Pure functions of (state, chunk)."""
 
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ttt_jax.data.chunks import Chunk
 from ttt_jax.models import moshi
 from ttt_jax.training.config import ExperimentConfig, OptimizerConfig
 
@@ -14,11 +17,12 @@ NEVER_DECAYED = ("b1", "b2", "ln_scale", "ln_bias")
 
 
 class TrainState(NamedTuple):
-    """Everything that a checkpoint must hold to go on bit-exactly; the batch follows from (seed, step)."""
+    """Everything that a checkpoint must hold to go on bit-exactly; the chunk follows from (seed, step)."""
 
     step: jax.Array  # int32: updates done
     params: Any  # float32, Moshi's parameter tree
     optimizer: optax.OptState
+    carry: Any = ()  # following recordings: Moshi's state of every row, leaves [B, ...]
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -61,48 +65,133 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def init_state(config: ExperimentConfig) -> TrainState:
     """A fresh state; the parameters follow from `config.seed`."""
-    streams = 1 + config.model.n_q
-    codes = jnp.zeros((1, streams, config.data.num_frames), jnp.int32)
+    codes = jnp.zeros((1, config.model.num_streams, config.data.num_frames), jnp.int32)
     params = moshi.Moshi(config.model).init(jax.random.key(config.seed), codes)["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer).init(params))
+    carry = moshi.init_state(config.model, params, config.data.batch_size) if config.data.mode == "follow" else ()
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer).init(params), carry)
 
 
-def loss(config: ExperimentConfig, params: Any, codes: jax.Array) -> tuple[jax.Array, dict]:
-    """Moshi's weighted loss, and the unweighted NLLs in nats per token.
+def train_step(config: ExperimentConfig, state: TrainState, chunk: Chunk) -> tuple[TrainState, dict]:
+    """One update, and the metrics of the parameters it started from.
+
+    The rows may be read in `optimizer.accumulate` groups, one after the other: the gradient is the same, that of the
+    loss over all rows.
+    """
+    weights = _loss_weights(config, chunk)
+    gradients = jax.grad(_loss, argnums=1, has_aux=True)
+    groups = config.optimizer.accumulate
+    if groups == 1:
+        total, (sums, carry) = gradients(config, state.params, chunk, state.carry, weights)
+    else:
+
+        def add(accumulated, group):
+            gradient, (sums, carry) = gradients(config, state.params, *group, weights)
+            return jax.tree.map(jnp.add, accumulated, (gradient, sums)), carry
+
+        split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (chunk, state.carry))
+        zeros = (jax.tree.map(jnp.zeros_like, state.params), _zero_sums(config))
+        (total, sums), carry = jax.lax.scan(add, zeros, split)
+        carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+    updates, optimizer = make_optimizer(config.optimizer).update(total, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = _metrics(sums) | {"gradient_norm": optax.tree.norm(total)}
+    return TrainState(state.step + 1, params, optimizer, carry), metrics
+
+
+def evaluate(config: ExperimentConfig, params: Any, chunk: Chunk) -> dict[str, jax.Array]:
+    """The loss and the unweighted NLLs in nats per token, `{"loss": scalar, "text": scalar, "audio": [dep_q]}`.
 
     Args:
         config: The experiment.
         params: The model's parameters.
-        codes: Tokens [B, 1 + n_q, T] int32, -1 where there is none.
-
-    Returns:
-        The loss (scalar float32), and `{"loss": scalar, "text": scalar, "audio": [dep_q]}`.
+        chunk: Rows that all start afresh.
     """
-    output: Any = moshi.Moshi(config.model).apply({"params": params}, codes)
-    losses = moshi.losses(
-        output,
-        codes,
-        first_codebook_weight=config.loss.first_codebook_weight,
-        text_padding_weight=config.loss.text_padding_weight,
-        text_padding_ids=config.model.text_padding_ids,
-    )
-    return losses.total, {"loss": losses.total, "text": losses.text_nll, "audio": losses.audio_nll}
+    return _metrics(_read(config, params, chunk, ())[0])
 
 
-def train_step(config: ExperimentConfig, state: TrainState, codes: jax.Array) -> tuple[TrainState, dict]:
-    """One update, and the metrics of the parameters it started from."""
-    gradients, metrics = jax.grad(loss, argnums=1, has_aux=True)(config, state.params, codes)
-    metrics["gradient_norm"] = optax.tree.norm(gradients)
-    updates, optimizer = make_optimizer(config.optimizer).update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, optimizer), metrics
-
-
-def diagnostics(config: ExperimentConfig, params: Any, codes: jax.Array) -> dict[str, jax.Array]:
+def diagnostics(config: ExperimentConfig, params: Any, chunk: Chunk, carry: Any = ()) -> dict[str, jax.Array]:
     """What the layers sow under "diagnostics", as `{"path/of/layer/name": scalar}`; empty for a model without TTT."""
-    _, variables = moshi.Moshi(config.model).apply({"params": params}, codes, mutable=["diagnostics"])
+    tokens, state, length, reset = _model_input(chunk.tokens, chunk.length, chunk.reset, carry)
+    _, variables = moshi.Moshi(config.model).apply(
+        {"params": params}, tokens, state, length, reset, method="temporal", mutable=["diagnostics"]
+    )
     sown = jax.tree.leaves_with_path(variables.get("diagnostics", {}), is_leaf=lambda leaf: isinstance(leaf, tuple))
     return {"/".join(str(key.key) for key in path): jnp.mean(jnp.stack(values)) for path, values in sown}
+
+
+def _loss(config: ExperimentConfig, params, chunk: Chunk, carry, weights):
+    """Loss of some rows, as a part of that of all rows, whose tokens weigh `weights`."""
+    sums, carry = _read(config, params, chunk, carry)
+    text_weight, audio_weight = weights
+    return sums.text / text_weight + sums.audio / audio_weight, (sums, carry)
+
+
+def _read(config: ExperimentConfig, params, chunk: Chunk, carry) -> tuple[moshi.LossSums, Any]:
+    """Reads a chunk piece by piece, with the activations of one piece in memory at a time."""
+    pieces = config.data.gradient_chunks
+    if pieces == 1 or not carry:
+        return _read_piece(config, params, chunk.tokens, chunk.length, chunk.reset, carry)
+    frames = (chunk.tokens.shape[-1] - 1) // pieces
+    read = jax.checkpoint(functools.partial(_read_piece, config))
+
+    def step(accumulated, i):
+        sums, carry = accumulated
+        tokens = jax.lax.dynamic_slice_in_dim(chunk.tokens, i * frames, frames + 1, axis=2)
+        length = jnp.clip(chunk.length - i * frames, 0, frames)
+        more, carry = read(params, tokens, length, chunk.reset & (i == 0), carry)
+        return (jax.tree.map(jnp.add, sums, more), carry), None
+
+    return jax.lax.scan(step, (_zero_sums(config), carry), jnp.arange(pieces, dtype=jnp.int32))[0]
+
+
+def _read_piece(config: ExperimentConfig, params, tokens, length, reset, carry) -> tuple[moshi.LossSums, Any]:
+    apply = functools.partial(moshi.Moshi(config.model).apply, {"params": params})
+    state: Any
+    z, text_logits, state = cast(tuple, apply(*_model_input(tokens, length, reset, carry), method="temporal"))
+    targets = tokens[:, :, 1:]
+    mask = _targets_mask(config, targets)
+    logits = cast(jax.Array, apply(z, targets[:, : 1 + config.model.dep_q], method="depth"))
+    output = moshi.MoshiOutput(logits, mask[:, 1:], text_logits, mask[:, :1])
+    return moshi.loss_sums(output, targets, **_loss_options(config)), state if carry else ()
+
+
+def _model_input(tokens, length, reset, carry):
+    """Tokens to read, state, length, reset. Without a carried state every row starts afresh, and padding is at its end:
+    causality leaves nothing to mask.
+    """
+    return (tokens[:, :, :-1], carry, length, reset) if carry else (tokens[:, :, :-1], None, None, None)
+
+
+def _targets_mask(config: ExperimentConfig, targets) -> jax.Array:
+    """[B, 1 + dep_q, n] bool: the targets that are tokens of a frame."""
+    own = slice(0, 1 + config.model.dep_q)
+    initial = jnp.asarray(config.model.initial_tokens[own], jnp.int32)
+    return (targets[:, own] >= 0) & (targets[:, own] < initial[None, :, None])
+
+
+def _loss_options(config: ExperimentConfig) -> dict[str, Any]:
+    return {**dataclasses.asdict(config.loss), "text_padding_ids": config.model.text_padding_ids}
+
+
+def _loss_weights(config: ExperimentConfig, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
+    """What the tokens of a whole batch weigh, text and audio; they do not depend on the model."""
+    targets = jnp.asarray(chunk.tokens)[:, :, 1:]
+    mask = _targets_mask(config, targets)
+    logits, text_logits = (jnp.zeros((*m.shape, 1), jnp.float32) for m in (mask[:, 1:], mask[:, :1]))
+    output = moshi.MoshiOutput(logits, mask[:, 1:], text_logits, mask[:, :1])
+    sums = moshi.loss_sums(output, targets, **_loss_options(config))
+    text, audio = (jnp.where(weight > 0, weight, 1) for weight in (sums.text_weight, sums.audio_weight))
+    return text, audio
+
+
+def _zero_sums(config: ExperimentConfig) -> moshi.LossSums:
+    per_codebook = jnp.zeros(config.model.dep_q)
+    return moshi.LossSums(*[jnp.zeros(())] * 6, audio_nll=per_codebook, num_audio_tokens=per_codebook)
+
+
+def _metrics(sums: moshi.LossSums) -> dict[str, jax.Array]:
+    losses = moshi.mean_losses(sums)
+    return {"loss": losses.total, "text": losses.text_nll, "audio": losses.audio_nll}
 
 
 @jax.jit

@@ -7,8 +7,8 @@ from ttt_jax.models.moshi.config import (
     TTTInsertion,
     check_codes,
 )
-from ttt_jax.models.moshi.delays import delay, delay_mask, undelay
-from ttt_jax.models.moshi.losses import Losses, losses, token_nll
+from ttt_jax.models.moshi.delays import delay, delay_mask, delayed_positions, undelay
+from ttt_jax.models.moshi.losses import Losses, LossSums, loss_sums, losses, mean_losses, token_nll
 from ttt_jax.models.moshi.model import LayerState, Moshi, MoshiOutput, init_state
 from ttt_jax.models.moshi.stream import StepLogits, Stream, init_stream, stream_step, stream_step_with_logits
 
@@ -16,6 +16,7 @@ __all__ = [
     "UNGENERATED_TOKEN",
     "ZERO_TOKEN",
     "LayerState",
+    "LossSums",
     "Losses",
     "Moshi",
     "MoshiConfig",
@@ -26,9 +27,12 @@ __all__ = [
     "check_codes",
     "delay",
     "delay_mask",
+    "delayed_positions",
     "init_state",
     "init_stream",
+    "loss_sums",
     "losses",
+    "mean_losses",
     "stream_step",
     "stream_step_with_logits",
     "token_nll",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def delay(codes: jax.Array, delays: Sequence[int], initial: Sequence[int]) -> jax.Array:
@@ -18,6 +19,21 @@ def delay(codes: jax.Array, delays: Sequence[int], initial: Sequence[int]) -> ja
         head = jnp.full((batch, min(shift, frames) + 1), token, codes.dtype)
         delayed.append(jnp.concatenate([head, codes[:, k, : max(frames - shift, 0)]], axis=1))
     return jnp.stack(delayed, axis=1)
+
+
+def delayed_positions(
+    codes: np.ndarray, start: int, num_positions: int, delays: Sequence[int], initial: Sequence[int]
+) -> np.ndarray:
+    """Positions `start .. start + num_positions - 1` of what `delay` makes of one row `[K, T]`, in NumPy.
+
+    Positions that read behind the last frame hold -1, so that a walk can go on until the latest stream has ended.
+    """
+    first = max(0, start - 1 - max(delays))  # what comes before is not read
+    codes = np.pad(codes[:, first : start + num_positions], ((0, 0), (0, 1)), constant_values=-1)
+    frame = np.arange(start, start + num_positions)[None] - 1 - np.asarray(delays)[:, None]
+    inside = np.clip(frame - first, 0, codes.shape[1] - 1)
+    tokens = np.where(frame < 0, np.asarray(initial)[:, None], np.take_along_axis(codes, inside, axis=1))
+    return tokens.astype(np.int32)
 
 
 def undelay(x: jax.Array, delays: Sequence[int], *, axis: int) -> jax.Array:

@@ -34,15 +34,28 @@ def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def losses(
+class LossSums(NamedTuple):
+    """Sums over tokens, in nats: those of pieces of a batch add up to those of the whole."""
+
+    text: jax.Array  # weighted
+    text_weight: jax.Array
+    audio: jax.Array  # weighted, over all predicted codebooks
+    audio_weight: jax.Array
+    text_nll: jax.Array  # unweighted
+    num_text_tokens: jax.Array
+    audio_nll: jax.Array  # [dep_q] unweighted
+    num_audio_tokens: jax.Array  # [dep_q]
+
+
+def loss_sums(
     output: MoshiOutput,
     codes: jax.Array,
     *,
     first_codebook_weight: float = 1.0,
     text_padding_weight: float = 0.5,
     text_padding_ids: Sequence[int] = (3, 0),
-) -> Losses:
-    """Cross-entropies of `Moshi(codes)`: total = weighted mean over text + weighted mean over audio.
+) -> LossSums:
+    """Cross-entropies of `Moshi(codes)`, summed over tokens.
 
     Args:
         output: of `Moshi.__call__` on the same codes; no shift is needed.
@@ -56,21 +69,43 @@ def losses(
     text_nll, audio_nll = token_nll(output.text_logits, text), token_nll(output.logits, audio)
     text_mask, audio_mask = output.text_mask.astype(text_nll.dtype), output.mask.astype(audio_nll.dtype)
     is_padding = jnp.isin(text, jnp.asarray(tuple(text_padding_ids), text.dtype))
-    text_loss = _mean(text_nll, text_mask * jnp.where(is_padding, text_padding_weight, 1.0).astype(text_mask.dtype))
+    text_weights = text_mask * jnp.where(is_padding, text_padding_weight, 1.0).astype(text_mask.dtype)
     first = jnp.arange(dep_q)[None, :, None] == 0
-    audio_loss = _mean(audio_nll, audio_mask * jnp.where(first, first_codebook_weight, 1.0).astype(audio_mask.dtype))
-    return Losses(
-        total=text_loss + audio_loss,
-        text=text_loss,
-        audio=audio_loss,
-        text_nll=_mean(text_nll, text_mask),
-        audio_nll=_mean(audio_nll, audio_mask, axis=(0, 2)),
+    audio_weights = audio_mask * jnp.where(first, first_codebook_weight, 1.0).astype(audio_mask.dtype)
+    return LossSums(
+        text=_sum(text_nll, text_weights),
+        text_weight=jnp.sum(text_weights),
+        audio=_sum(audio_nll, audio_weights),
+        audio_weight=jnp.sum(audio_weights),
+        text_nll=_sum(text_nll, text_mask),
         num_text_tokens=jnp.sum(text_mask),
+        audio_nll=_sum(audio_nll, audio_mask, axis=(0, 2)),
         num_audio_tokens=jnp.sum(audio_mask, axis=(0, 2)),
     )
 
 
-def _mean(x, weights, axis=None):
-    total = jnp.sum(weights, axis=axis)
-    masked = jnp.where(weights > 0, x, 0) * weights
-    return jnp.sum(masked, axis=axis) / jnp.where(total > 0, total, 1)
+def mean_losses(sums: LossSums) -> Losses:
+    """Means over the tokens summed: total = weighted mean over text + weighted mean over audio."""
+    text, audio = _mean(sums.text, sums.text_weight), _mean(sums.audio, sums.audio_weight)
+    return Losses(
+        total=text + audio,
+        text=text,
+        audio=audio,
+        text_nll=_mean(sums.text_nll, sums.num_text_tokens),
+        audio_nll=_mean(sums.audio_nll, sums.num_audio_tokens),
+        num_text_tokens=sums.num_text_tokens,
+        num_audio_tokens=sums.num_audio_tokens,
+    )
+
+
+def losses(output: MoshiOutput, codes: jax.Array, **weights) -> Losses:
+    """`mean_losses` of `loss_sums`, whose arguments it takes."""
+    return mean_losses(loss_sums(output, codes, **weights))
+
+
+def _sum(x, weights, axis=None):
+    return jnp.sum(jnp.where(weights > 0, x, 0) * weights, axis=axis)
+
+
+def _mean(total, weight):
+    return total / jnp.where(weight > 0, weight, 1)
