@@ -32,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
         "hidden_scale": 4.125,
         "attention": "window",
         "context": 125,  # frames: 10 s
+        "sinks": 0,
         "max_period": 10000.0,
         "delays": (0,) * 17,  # Codec2's fields belong to one frame: nothing to gain from hearing some of them later
         "depformer_dim": 128,
@@ -50,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
             "backbone": "mamba",
             "attention": "window",
             "context": placeholder(int),
+            "sinks": placeholder(int),
             "gate_init": 0.1,
         },
     }

@@ -206,11 +206,6 @@ def test_bad_input_names_the_argument():
         window_attention(q, k, v, window=3, length=[True, False])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="length must be"):
         window_attention(q, k, v, window=3, length=jnp.zeros(B + 1, jnp.int32))
-    with pytest.raises(NotImplementedError, match="sinks"):
-        window_attention(q, k, v, window=3, sinks=1)
-    for unsupported in ({"sinks": 1}, {"overlap": 1}, {"causal": False}):
-        with pytest.raises(NotImplementedError, match="not supported yet"):
-            segment_attention(q, k, v, segment=3, **unsupported)
 
 
 def test_lengths_and_resets_may_be_lists(kind):

@@ -139,8 +139,8 @@ def test_every_field_is_a_flag(path, monkeypatch):
     fields = on_the_command_line(monkeypatch, path, {})
     settings = {name: value for name, value in fields.items() if value is not None} | {
         **{"optimizer.clip_norm": 0.25, "model.dtype": "bfloat16", "model.remat": True, "seed": 5},
-        **{"model.ttt.base_lr": 0.5, "model.ttt.num_heads": 8, "model.ttt.context": 60},
         **{"data.mode": "follow", "data.recording_frames": 100},
+        **{"model.ttt.base_lr": 0.5, "model.ttt.num_heads": 8, "model.ttt.context": 60, "model.ttt.sinks": 2},
         **{"model.depformer_dim_feedforward": 64, "model.delays": (0,) * 9 + (1,) * 8},
         "model.depformer_weights_per_step_schedule": (0, 1, 2, 3, 3, 3, 3, 3),
     }

@@ -1,8 +1,10 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from ttt_jax.config import from_mapping
 from ttt_jax.models.moshi import MoshiConfig, TTTInsertion, check_codes
 
 TINY = {"n_q": 2, "dep_q": 1, "delays": (0, 0, 1), "card": 8, "text_card": 10}
@@ -26,6 +28,7 @@ def test_reads_kyutais_json(data_dir, tmp_path):
     [
         ({"num_layer": 3}, "did you mean 'num_layers'"),
         ({"norm": "layer_norm"}, "norm='layer_norm' is not supported"),
+        ({"sinks": 4}, "unknown field 'sinks'"),
         ({"lora": True}, "lora=True is not supported"),
         ({"text_card_out": 5}, "text_card_out=5"),
         ({"depformer_dim_feedforward": [1, 2]}, "depformer_dim_feedforward must be one int"),
@@ -46,6 +49,8 @@ def test_from_kyutai_refuses_what_it_does_not_implement(fields, message):
         ({"delays": (-1,) * 17}, "delays must be >= 0"),
         ({"dep_q": 17}, "dep_q must be <= n_q"),
         ({"context": 0}, "context must be an int >= 1"),
+        ({"sinks": -1}, "sinks must be an int >= 0"),
+        ({"sinks": True}, "sinks must be an int >= 0"),
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"attention": "windows"}, "did you mean 'window'"),
         ({"depformer_weights_per_step_schedule": (0, 1)}, "must hold dep_q = 8 values"),
@@ -65,12 +70,30 @@ def test_validates_itself(fields, message):
         ({"layers": (1, 1)}, "must not repeat"),
         ({"layers": (0,), "kind": "liner"}, "did you mean 'linear'"),
         ({"layers": (0,), "mini_batch_size": 0}, r"ttt\.mini_batch_size must be an int >= 1, got 0"),
+        ({"layers": (0,), "sinks": -1}, r"ttt\.sinks must be an int >= 0 \(frames\), got -1"),
         ({"layers": (0,), "gate_init": 0.0}, "gate_init must not be 0"),
     ],
 )
 def test_ttt_validates_itself(fields, message):
     with pytest.raises(ValueError, match=message):
         TTTInsertion(**fields)
+
+
+def test_layers_with_ttt_may_have_their_own_attention():
+    config = MoshiConfig(context=7, sinks=2, ttt=TTTInsertion(layers=(1,)))
+    assert config.layer_attention(0) == config.layer_attention(1) == ("window", 7, 2)
+    own = dataclasses.replace(config, ttt=TTTInsertion(layers=(1,), attention="segment", context=3, sinks=0))
+    assert own.layer_attention(0) == ("window", 7, 2)
+    assert own.layer_attention(1) == ("segment", 3, 0)
+
+
+def test_json_keeps_every_field_and_may_lack_sinks():
+    config = MoshiConfig(sinks=2, ttt=TTTInsertion(layers=(1,), sinks=3))
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert from_mapping(MoshiConfig, fields) == config
+    del fields["sinks"], fields["ttt"]["sinks"]  # as written before there were any
+    old = from_mapping(MoshiConfig, fields)
+    assert (old.sinks, old.ttt.sinks, old.layer_attention(1).sinks) == (0, None, 0)
 
 
 def test_codes_are_checked_and_the_culprit_is_named():

@@ -65,6 +65,19 @@ def test_any_split_into_calls_equals_one_call(config, random_params, temporal, r
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=CLOSE), carried, state)
 
 
+def test_frame_by_frame_with_sinks_equals_one_call_long_after_the_window(config, params, temporal, random_codes):
+    config = dataclasses.replace(config, sinks=2, ttt=dataclasses.replace(config.ttt, sinks=1))
+    codes = random_codes(0, 2, 24)
+    z, text_logits, state = temporal(config, params, codes)
+    carried = init_state(config, params, 2)
+    assert jax.tree.map(jnp.shape, carried) == jax.tree.map(jnp.shape, state)
+    for t in range(24):
+        z_t, text_t, carried = temporal(config, params, codes[:, :, t : t + 1], carried)
+        np.testing.assert_allclose(z_t[:, 0], z[:, t], atol=CLOSE)
+        np.testing.assert_allclose(text_t[:, :, 0], text_logits[:, :, t], atol=CLOSE)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=CLOSE), carried, state)
+
+
 def test_rows_lengths_and_resets_are_exact(config, params, temporal, random_codes):
     """Ragged calls with rubbish beyond each row's length equal, row by row, that row alone in one call."""
     rng = np.random.default_rng(0)
@@ -161,9 +174,11 @@ def test_insertion_leaves_the_logits_bit_equal(config, random_params, random_cod
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_each_layer_attends_to_its_configured_context(config, params, layer):
+@pytest.mark.parametrize("sinks", [(0, None), (2, 1)])  # of the model, of the layers with TTT
+def test_each_layer_attends_to_its_configured_context(config, params, layer, sinks):
     """By Jacobian of a block whose TTT is shut off by its gate, whole and frame by frame."""
     frames = 11
+    config = dataclasses.replace(config, sinks=sinks[0], ttt=dataclasses.replace(config.ttt, sinks=sinks[1]))
     x = jax.random.normal(jax.random.key(0), (1, frames, config.dim))
     block = Block(config, layer)
     without_effect = params[f"layers_{layer}"]
@@ -182,7 +197,7 @@ def test_each_layer_attends_to_its_configured_context(config, params, layer):
         return jnp.moveaxis(jax.lax.scan(step, state, jnp.moveaxis(x, 1, 0))[1], 0, 1)
 
     t, s = np.arange(frames)[:, None], np.arange(frames)[None]
-    expected = (s <= t) & ((t - s < 4) if layer == 0 else (t // 3 == s // 3))
+    expected = (s <= t) & (((t - s < 4) if layer == 0 else (t // 3 == s // 3)) | (s < (sinks[layer] or 0)))
     for form in (whole, by_frame):
         jacobian = jax.jit(jax.jacobian(lambda x, form=form: form(x)[0, :, ::5]))(x)
         np.testing.assert_array_equal(np.abs(jacobian).sum((1, 2, 4)) > 0, expected)

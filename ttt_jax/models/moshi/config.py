@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,14 @@ ZERO_TOKEN = -1
 
 UNGENERATED_TOKEN = -2
 """Not generated yet: what streaming returns while the delays fill."""
+
+
+class LayerAttention(NamedTuple):
+    """What the attention of one temporal layer sees; sizes in frames."""
+
+    kind: AttentionKind
+    context: int
+    sinks: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +41,7 @@ class TTTInsertion:
         backbone: "mamba" (shared Q/K projection, causal convolutions, output gate) or "base".
         attention: kind of attention in these layers.
         context: their attention context in frames; None takes the model's.
+        sinks: first frames that they see for ever, beside the context; None takes the model's.
         gate_init: initial value of the gate, non-zero so that the output projection gets a gradient.
     """
 
@@ -44,6 +53,7 @@ class TTTInsertion:
     backbone: Literal["mamba", "base"] = "mamba"
     attention: AttentionKind = "window"
     context: int | None = None
+    sinks: int | None = None
     gate_init: float = 0.1
 
     def __post_init__(self):
@@ -55,6 +65,8 @@ class TTTInsertion:
         for name in ("num_heads", "context"):
             if getattr(self, name) is not None:
                 _check_positive(f"ttt.{name}", getattr(self, name))
+        if self.sinks is not None:
+            _check_not_negative("ttt.sinks", self.sinks)
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"ttt.layers must not repeat, got {self.layers}")
         if self.base_lr is not None and not self.base_lr > 0:
@@ -87,6 +99,7 @@ class MoshiConfig:
         depformer_weights_per_step_schedule: weight set used by each of the dep_q steps; None gives each its own.
         delays: frames by which each of the 1 + n_q streams (text first) is delayed.
         attention: kind of the temporal attention, "window" or "segment".
+        sinks: first frames that it sees for ever, beside the window or segment.
         ttt: TTT layers to insert, or None.
         dtype: of the computation; parameters, norms, softmax and states of TTT are float32.
         remat: recompute each temporal block and the depth transformer in the backward pass.
@@ -111,6 +124,7 @@ class MoshiConfig:
     depformer_weights_per_step_schedule: tuple[int, ...] | None = None
     delays: tuple[int, ...] = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
     attention: AttentionKind = "window"
+    sinks: int = 0
     ttt: TTTInsertion | None = None
     dtype: str = "float32"
     remat: bool = False
@@ -132,7 +146,7 @@ class MoshiConfig:
             ValueError: a field is unknown (with a suggestion), or holds a value this model does not implement.
         """
         raw = dict(config) if isinstance(config, Mapping) else json.loads(pathlib.Path(config).read_text())
-        known = {field.name for field in dataclasses.fields(cls)} - {"attention", "ttt", "dtype", "remat"}
+        known = {field.name for field in dataclasses.fields(cls)} - {"attention", "sinks", "ttt", "dtype", "remat"}
         chosen = {}
         for name, value in raw.items():
             if name in known:
@@ -176,17 +190,20 @@ class MoshiConfig:
         """Whether temporal layer `layer` has a TTT layer."""
         return self.ttt is not None and layer in self.ttt.layers
 
-    def layer_attention(self, layer: int) -> tuple[AttentionKind, int]:
-        """Kind and context in frames of the attention of temporal layer `layer`."""
-        if self.ttt is not None and layer in self.ttt.layers:
-            return self.ttt.attention, self.ttt.context or self.context
-        return self.attention, self.context
+    def layer_attention(self, layer: int) -> LayerAttention:
+        """Kind, context and sinks of the attention of temporal layer `layer`."""
+        ttt = self.ttt
+        if ttt is None or layer not in ttt.layers:
+            return LayerAttention(self.attention, self.context, self.sinks)
+        sinks = self.sinks if ttt.sinks is None else ttt.sinks
+        return LayerAttention(ttt.attention, ttt.context or self.context, sinks)
 
     def _check_sizes(self):
         names = ("dim", "text_card", "n_q", "dep_q", "card", "num_heads", "num_layers", "context")
         names += ("depformer_dim", "depformer_num_heads", "depformer_num_layers")
         for name in names:
             _check_positive(name, getattr(self, name))
+        _check_not_negative("sinks", self.sinks)
         for name in ("hidden_scale", "max_period"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
@@ -333,6 +350,11 @@ def _unknown_field(name: str, known) -> str:
 def _check_positive(name: str, value: Any):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def _check_not_negative(name: str, value: Any):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an int >= 0 (frames), got {value!r}")
 
 
 def _check_divisible(name: str, value: int, by: str, divisor: int):

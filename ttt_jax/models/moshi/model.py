@@ -57,14 +57,12 @@ def init_state(config: MoshiConfig, params, batch_size: int) -> tuple[LayerState
     """The state of `batch_size` fresh rows, for `Moshi.temporal`; `params` is Moshi's parameter tree."""
     states = []
     for i in range(config.num_layers):
-        _, context = config.layer_attention(i)
-        head_dim = config.dim // config.num_heads
-        cache = init_attention_cache(batch_size, context, config.num_heads, head_dim, jnp.dtype(config.dtype))
+        attention, dtype = config.layer_attention(i), jnp.dtype(config.dtype)
+        heads, head_dim = config.num_heads, config.dim // config.num_heads
+        cache = init_attention_cache(batch_size, attention.context, heads, head_dim, dtype, sinks=attention.sinks)
         ttt = None
         if config.has_ttt(i):
-            ttt = init_layer_state(
-                ttt_config(config), params[f"layers_{i}"]["ttt"], batch_size, jnp.dtype(config.dtype)
-            )
+            ttt = init_layer_state(ttt_config(config), params[f"layers_{i}"]["ttt"], batch_size, dtype)
         states.append(LayerState(cache, ttt))
     return tuple(states)
 
@@ -83,12 +81,14 @@ class SelfAttention(nn.Module):
         out_proj = self.param("out_proj", KERNEL_INIT, (c.dim, c.dim), jnp.float32).astype(x.dtype)
         qkv = jnp.einsum("btd,de->bte", x, in_proj)
         q, k, v = (part.reshape(*x.shape[:2], c.num_heads, c.dim // c.num_heads) for part in jnp.split(qkv, 3, axis=-1))
-        kind, context = c.layer_attention(self.layer)
-        rope = RotaryEmbedding(c.max_period)
-        if kind == "window":
-            out, cache = window_attention(q, k, v, window=context, rope=rope, cache=cache, length=length, reset=reset)
+        attention = c.layer_attention(self.layer)
+        options = {"sinks": attention.sinks, "rope": RotaryEmbedding(c.max_period)}
+        options |= {"cache": cache, "length": length, "reset": reset}
+        if attention.kind == "window":
+            out, cache = window_attention(q, k, v, window=attention.context, **options)
         else:
-            out, cache = segment_attention(q, k, v, segment=context, rope=rope, cache=cache, length=length, reset=reset)
+            out, cache = segment_attention(q, k, v, segment=attention.context, **options)
+            assert cache is not None  # only bidirectional segments have none
         return jnp.einsum("btd,de->bte", out.reshape(x.shape), out_proj), cache
 
 
