@@ -17,8 +17,6 @@ CASES = {  # kind, size, overlap, sinks
     "window": ("window", 5, 0, 3),
     "more sinks than window": ("window", 2, 0, 5),
     "segment": ("segment", 5, 0, 2),
-    "more sinks than segment": ("segment", 3, 0, 4),
-    "overlap": ("segment", 5, 2, 0),
     "more overlap than segment": ("segment", 2, 3, 0),
     "overlap and sinks": ("segment", 4, 3, 2),
 }

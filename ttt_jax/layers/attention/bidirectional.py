@@ -51,6 +51,7 @@ def _summed(segments, stride: int):
     pieces = -(-segment // stride)
     unused = ((0, 0),) * len(rest)
     segments = jnp.pad(segments, ((0, 0), (0, 0), (0, pieces * stride - segment), *unused))
-    parts = jnp.split(segments, pieces, axis=2)
-    total = sum(jnp.pad(part, ((0, 0), (p, pieces - 1 - p), (0, 0), *unused)) for p, part in enumerate(parts))
+    total = jnp.zeros((batch, num_segments - 1 + pieces, stride, *rest), segments.dtype)
+    for p, part in enumerate(jnp.split(segments, pieces, axis=2)):
+        total = total + jnp.pad(part, ((0, 0), (p, pieces - 1 - p), (0, 0), *unused))
     return total.reshape(batch, (num_segments - 1 + pieces) * stride, *rest)

@@ -64,7 +64,11 @@ def attend_real(q, k, v, real):
 
 
 def _cudnn(q, k, v, **masks):
-    return jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, implementation="cudnn", **masks)
+    """`[B, S, H, D]`; what is padded at the end is invisible under each of the masks used here."""
+    frames, padding = q.shape[1], ((0, 0), (0, q.shape[1] % 2), (0, 0), (0, 0))  # its gradient needs an even length
+    q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, implementation="cudnn", **masks)
+    return out[:, :frames]
 
 
 def _refusal(q, rope, positions: int) -> str | None:
