@@ -103,6 +103,9 @@ def test_ragged_calls_with_resets_equal_the_loop_long_after_the_ring_wrapped(cas
                 np.testing.assert_allclose(out[row, : length[row]], expected, atol=1e-12, err_msg=f"{call} {row}")
                 np.testing.assert_array_equal(out[row, length[row] :], 0)
                 assert cache.position[row] == len(whole[0])
+                for leaf, x in zip(cache.sinks or (), whole[1:], strict=False):
+                    first = np.asarray(x[: case[3]])
+                    np.testing.assert_array_equal(leaf[row], np.pad(first, ((0, case[3] - len(first)), (0, 0), (0, 0))))
 
 
 def test_a_fresh_call_and_its_gradient(case):
