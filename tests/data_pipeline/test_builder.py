@@ -2,7 +2,6 @@ import functools
 import pickle
 
 import numpy as np
-import pytest
 
 from ttt_jax.data.builder import TokenRecordings, _generate, load_builder
 
@@ -29,9 +28,7 @@ def test_a_record_is_made_by_a_picklable_function():
     assert generate((4, "9"))[0] == 4
 
 
-@pytest.mark.filterwarnings("ignore")  # Beam's and its dependencies'.
 def test_a_beam_pipeline_stores_the_same_records(tmp_path):
-    pytest.importorskip("apache_beam")
     records = {"train": [str(i) for i in range(12)], "validation": [], "test": ["7"]}
     builder = TokenRecordings(
         records=records, make_example=example, num_streams=17, use_beam=True, data_dir=str(tmp_path)

@@ -1,10 +1,19 @@
+import concurrent.futures
 import os
+import pathlib
+import pickle
+import random
+import subprocess
+import sys
+import time
 import weakref
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
+import soundfile
 
-from ttt_jax.data import pipeline, reader
+from ttt_jax.data import beam, pipeline, prepare, reader
 from ttt_jax.data.audio import BadRecordingError
 
 
@@ -105,6 +114,56 @@ def test_a_directory_with_other_files_is_refused(tmp_path):
 def test_nothing_usable_is_an_error_that_lists_why(tmp_path):
     with pytest.raises(ValueError, match=r"none of the 1 recordings could be used:\n  a: it is bad"):
         pipeline.build(plan(tmp_path / "out"), [Noise("a", fail="skip")], split)
+
+
+ELSEWHERE = "import pickle, sys; function, tasks = pickle.load(sys.stdin.buffer); list(map(function, tasks))"
+
+
+@pytest.fixture
+def worker_elsewhere(monkeypatch, tmp_path):
+    """Stands in for Beam: a process with another current directory, which gets nothing but a pickle."""
+    (tmp_path / "elsewhere").mkdir()
+    root = pathlib.Path(__file__).parents[2]
+
+    def run(function, tasks, flags):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+        command = [sys.executable, "-c", ELSEWHERE]
+        content = pickle.dumps((function, tasks))
+        subprocess.run(command, input=content, cwd=tmp_path / "elsewhere", env=environment, check=True)
+
+    monkeypatch.setattr(beam, "run", run)
+
+
+def test_a_task_holds_all_that_a_worker_elsewhere_needs(worker_elsewhere, monkeypatch, tmp_path, contents):
+    monkeypatch.chdir(tmp_path)
+    audio = pathlib.Path("audio")
+    audio.mkdir()
+    soundfile.write(audio / "a.wav", 0.1 * np.sin(np.arange(8000) / 7), 8000)
+    prepare.make(audio, pathlib.Path("plain"))
+    prepare.make(audio, pathlib.Path("distributed"), beam_options="")
+    assert contents(tmp_path / "distributed") == contents(tmp_path / "plain")
+
+
+def test_workers_that_write_to_another_disk_are_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(beam, "run", lambda function, tasks, flags: None)
+    distributed = pipeline.Plan(tmp_path / "out", {}, "codec2", None, 100, 2, beam_options="")
+    with pytest.raises(RuntimeError, match=r"left nothing about 'a' in .*shared storage at the same path"):
+        pipeline.build(distributed, [Noise("a")], split)
+
+
+def test_threads_may_run_processes_at_the_same_time(monkeypatch):
+    def slow(file, read=forkserver.read_signed):
+        # Between seeing that a process has ended and reading how, which one thread alone can.
+        time.sleep(random.choice([0, 0.02]))
+        return read(file)
+
+    monkeypatch.setattr(forkserver, "read_signed", slow)
+
+    def run(thread):
+        return [list(pipeline.run_in_fresh_processes([(f"{thread}", os.getpid, ())], 1)) for _ in range(5)]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(run, range(8))) == [[[f"{thread}"]] * 5 for thread in range(8)]
 
 
 def test_one_builder_at_a_time(tmp_path):

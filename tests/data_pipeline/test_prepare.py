@@ -113,6 +113,21 @@ def test_the_program_lists_skipped_files_and_exits_3(folder, tmp_path):
     assert "seed was 0, is 1" in other.stderr
 
 
+def test_beam_writes_the_same_dataset(folder, tmp_path, contents):
+    """On two worker processes of Beam's local runner, which share nothing with the program but the disk."""
+    (folder / "empty.wav").touch()
+    soundfile.write(folder / "words.wav", voice(1.0), 16000)
+    (folder / "words.json").write_text('{"alignments": 3}')
+    skipped = prepare.make(folder, tmp_path / "plain", vocab_size=40, workers=2)
+    options = "--direct_num_workers=2 --direct_running_mode=multi_processing"
+    arguments = [f"--audio={folder}", f"--output={tmp_path / 'beam'}", "--vocab_size=40", f"--beam_options={options}"]
+    program = run(*arguments)
+    assert program.returncode == 3, program.stderr
+    assert sorted(skipped) == ["empty.wav", "words.wav"]
+    assert all(f"{name}: {reason}" in program.stderr for name, reason in skipped.items())
+    assert contents(tmp_path / "beam") == contents(tmp_path / "plain")
+
+
 def test_a_given_tokenizer_is_kept(folder, tmp_path):
     prepare.make(folder, tmp_path / "first", vocab_size=40)
     model = tmp_path / "first" / "tokenizer.model"

@@ -3,7 +3,7 @@
     python -m ttt_jax.data.conversations --hours=8 --seed=0 --output=DIR
 
 Each recording follows from (seed, index) alone, whatever the number of workers. Exit codes: 0 done, 1 an
-error. A rerun of the same command resumes.
+error. A rerun of the same command resumes. `--beam_options` does the work on a cluster (docs/beam.md).
 """
 
 import functools
@@ -102,6 +102,7 @@ def make(
     vocab_size: int = 1000,
     keep_wav: int = 0,
     workers: int = 1,
+    beam_options: str | None = None,
 ) -> None:
     """What the program does, as a function; arguments are its flags."""
     if not 0 < min_minutes <= max_minutes:
@@ -109,7 +110,8 @@ def make(
     density = {"facts_per_minute": facts_per_minute, "questions_per_fact": questions_per_fact}
     outlines = dialogue.outlines(seed, hours, min_minutes, max_minutes, **density)
     tests = [outline.index for outline in outlines if outline.split == "test"][:keep_wav]
-    sources = [Conversation(o, output / "wav" / f"{o.name}.wav" if o.index in tests else None) for o in outlines]
+    wav = output.absolute() / "wav"
+    sources = [Conversation(o, wav / f"{o.name}.wav" if o.index in tests else None) for o in outlines]
     splits = {source.id: source.plan.split for source in sources}
     settings = {
         "program": "ttt_jax.data.conversations",
@@ -123,7 +125,7 @@ def make(
         "vocab_size": vocab_size,
         "keep_wav": keep_wav,
     }
-    plan = pipeline.Plan(output, settings, codec, tokenizer, vocab_size, workers)
+    plan = pipeline.Plan(output, settings, codec, tokenizer, vocab_size, workers, beam_options)
     pipeline.build(plan, sources, lambda ids: {i: splits[i] for i in ids})
 
 
@@ -141,7 +143,8 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         flags.DEFINE_integer("vocab_size", 1000, "Upper limit of the tokenizer's vocabulary."),
         flags.DEFINE_string("tokenizer", None, "Sentencepiece model to use instead of training one."),
         flags.DEFINE_integer("keep_wav", 0, "Test recordings whose audio is kept in OUTPUT/wav.", lower_bound=0),
-        flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes at a time.", lower_bound=1),
+        flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes at a time, without Beam.", lower_bound=1),
+        flags.DEFINE_string("beam_options", None, "Work as an Apache Beam pipeline with these flags of Beam's."),
     )
     return {holder.name: holder for holder in holders}
 
@@ -155,9 +158,11 @@ def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
     values["tokenizer"] = pathlib.Path(values["tokenizer"]) if values["tokenizer"] else None
     try:
         make(**values)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    app.run(functools.partial(main, define_flags()))
+    from ttt_jax.data import conversations  # under its own name, so that other processes can unpickle its classes
+
+    app.run(functools.partial(conversations.main, conversations.define_flags()))

@@ -16,6 +16,7 @@ import multiprocessing.process
 import os
 import pathlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +26,7 @@ import sentencepiece
 import tqdm
 from absl import logging
 
-from ttt_jax.data import text, tokens
+from ttt_jax.data import beam, text, tokens
 from ttt_jax.data.audio import BadRecordingError
 from ttt_jax.data.codecs import Codec2, encode_blocks, get_codec
 from ttt_jax.files import write_atomically
@@ -35,6 +36,8 @@ RESULT_FILE = "skipped.json"
 WORK_DIR = ".work"
 EXIT_SKIPPED = 3
 _WORDS_PER_LINE = 16
+# A process tells its exit code once, to whoever asks first, and starting one asks after all others.
+_ASKING = threading.Lock()
 _PRELOAD = ["ttt_jax.data.pipeline", "ttt_jax.data.speech", "absl.app", "absl.flags"]
 
 
@@ -81,6 +84,8 @@ class Plan:
         tokenizer: sentencepiece model to use, or None to train one on the training words.
         vocab_size: upper limit of the trained tokenizer's vocabulary.
         workers: processes at a time.
+        beam_options: flags of an Apache Beam pipeline (`beam.pipeline_options`) that does the work in place of this
+            machine's processes; None goes without Beam. The dataset is the same.
     """
 
     output: pathlib.Path
@@ -89,6 +94,7 @@ class Plan:
     tokenizer: pathlib.Path | None
     vocab_size: int
     workers: int
+    beam_options: str | None = None
 
 
 def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], dict[str, str]]) -> dict[str, str]:
@@ -104,9 +110,12 @@ def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], d
 
     Raises:
         ValueError: the directory holds something else, or was begun with other settings.
+        ImportError: Beam is asked for and not installed.
         RuntimeError: a worker died, or another process is building here.
     """
     get_codec(plan.codec)
+    if plan.beam_options is not None:
+        beam.pipeline_options(plan.beam_options)
     inputs = _digest(*(f"{source.id}\n{source.version}" for source in sources))
     plan.output.mkdir(parents=True, exist_ok=True)
     _claim(plan)
@@ -119,7 +128,7 @@ def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], d
         print(f"{plan.output} is finished already; nothing to do")
         shutil.rmtree(plan.output / WORK_DIR, ignore_errors=True)
         return result["skipped"]
-    work = plan.output / WORK_DIR
+    work = plan.output.absolute() / WORK_DIR  # workers elsewhere have another current directory
     work.mkdir(exist_ok=True)
     with _only_builder(work):
         done, skipped = _tokenize_all(plan, sources, work)
@@ -185,19 +194,42 @@ def _tokenize_all(
         raise ValueError("sources: expected unique ids")
     todo = sorted((s for s in sources if not paths[s.id].exists()), key=lambda s: -s.cost)
     tasks = [(source.id, _tokenize, (source, plan.codec, paths[source.id])) for source in todo]
-    with tqdm.tqdm(total=len(sources), initial=len(sources) - len(tasks), unit="recording", desc="tokenizing") as bar:
-        for _ in run_in_fresh_processes(tasks, plan.workers):
-            bar.update()
-    skipped = {s.id: _skip_file(paths[s.id]).read_text() for s in sources if not paths[s.id].exists()}
-    done = {name: path for name, path in paths.items() if name not in skipped}
-    return done, skipped
+    if plan.beam_options is not None:
+        beam.run(_in_a_fresh_process, tasks, plan.beam_options)
+    else:
+        done = len(sources) - len(tasks)
+        with tqdm.tqdm(total=len(sources), initial=done, unit="recording", desc="tokenizing") as bar:
+            for _ in run_in_fresh_processes(tasks, plan.workers):
+                bar.update()
+    return _collect(paths, work)
+
+
+def _collect(paths: Mapping[str, pathlib.Path], work: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
+    """What the workers left: id -> cached file, and id -> reason of those skipped."""
+    # Listed rather than looked up: a network file system may remember that a file was not there a moment ago.
+    names = {path.name for path in work.iterdir()}
+    done = {name: path for name, path in paths.items() if path.name in names}
+    skips = {name: _skip_file(path) for name, path in paths.items() if name not in done}
+    for name, path in skips.items():
+        if path.name not in names:
+            raise RuntimeError(
+                f"the workers left nothing about {name!r} in {work}: all of them need the output directory, as shared "
+                "storage at the same path"
+            )
+    return done, {name: path.read_text() for name, path in skips.items()}
+
+
+def _in_a_fresh_process(task: tuple[str, Callable, tuple]) -> None:
+    """What a Beam worker does with a task; its threads share the worker's process, which a codec may not bear."""
+    for _ in run_in_fresh_processes([task], 1):
+        pass
 
 
 def run_in_fresh_processes(tasks: Sequence[tuple[str, Callable, tuple]], workers: int) -> Iterator[str]:
     """Run `(name, function, args)` tasks, each in a process of its own, and yield the names as they finish.
 
     The processes are forked from a server that has imported the libraries and used none of them. RuntimeError if a
-    process dies; the tasks after it are not started.
+    process dies; the tasks after it are not started. Threads may run tasks at the same time.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -208,18 +240,21 @@ def run_in_fresh_processes(tasks: Sequence[tuple[str, Callable, tuple]], workers
             while waiting and len(running) < workers:
                 name, function, args = waiting.pop()
                 process = context.Process(target=function, args=args, daemon=True)
-                process.start()
+                with _ASKING:
+                    process.start()
                 running[process.sentinel] = (name, process)
             for sentinel in connection.wait(list(running)):
                 name, process = running.pop(sentinel)  # type: ignore[arg-type]
-                process.join()
+                with _ASKING:
+                    process.join()
                 if process.exitcode != 0:
                     raise RuntimeError(f"the process for {name!r} ended with exit code {process.exitcode} (see above)")
                 yield name
     finally:
         for _, process in running.values():
             process.terminate()
-            process.join()
+            with _ASKING:
+                process.join()
 
 
 def _skip_file(path: pathlib.Path) -> pathlib.Path:
@@ -237,12 +272,11 @@ def _tokenize(source: Source, codec_name: str, path: pathlib.Path) -> None:
     except BadRecordingError as error:
         write_atomically(_skip_file(path), str(error))
         return
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.savez(
-            file, id=source.id, codes=codes.astype(np.int16), words=json.dumps(words), metadata=json.dumps(metadata)
-        )
-    os.replace(partial, path)
+    content = io.BytesIO()
+    np.savez(
+        content, id=source.id, codes=codes.astype(np.int16), words=json.dumps(words), metadata=json.dumps(metadata)
+    )
+    write_atomically(path, content.getvalue())
 
 
 class _Tokenized(NamedTuple):
@@ -325,9 +359,11 @@ def _assemble(
             records=records,
             make_example=functools.partial(_example, None if tokenizer is None else str(tokenizer), info),
             num_streams=info.num_streams,
+            use_beam=plan.beam_options is not None,
             data_dir=str(root),
         )
-        builder.download_and_prepare()
+        options = None if plan.beam_options is None else beam.pipeline_options(plan.beam_options)
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(beam_options=options))
         written = pathlib.Path(builder.data_path)
         stored = load_builder(written)
     sources = {split: stored.as_data_source(split=split) for split in stored.info.splits}  # pyright: ignore[reportCallIssue]

@@ -6,6 +6,8 @@ Every wav, flac, ogg, opus and mp3 below DIR becomes one recording. Stereo is on
 main speaker; mono is the main speaker alone. `NAME.json` beside `NAME.wav` gives word times in moshi-finetune's layout
 and fills the text stream; without any, the text stream is missing (-1) and no tokenizer is made.
 
+`--beam_options="--runner=FlinkRunner ..."` does the work on a cluster, with the same result (docs/beam.md).
+
 Splits follow from the files' names. Exit codes: 0 done; 3 done, but some files were skipped (listed at the end); 1 an
 error. A rerun of the same command resumes.
 """
@@ -75,8 +77,10 @@ def make(
     validation_fraction: float = 0.05,
     seed: int = 0,
     workers: int = 1,
+    beam_options: str | None = None,
 ) -> dict[str, str]:
     """What the program does, as a function; arguments are its flags. Returns the skipped files and why."""
+    audio_folder = audio_folder.absolute()  # workers elsewhere have another current directory
     if not audio_folder.is_dir():
         raise ValueError(f"audio: expected a folder of audio files, {audio_folder} is none")
     if test_fraction < 0 or validation_fraction < 0 or test_fraction + validation_fraction >= 1:
@@ -101,7 +105,7 @@ def make(
         "validation_fraction": validation_fraction,
         "seed": seed,
     }
-    plan = pipeline.Plan(output, settings, codec, tokenizer, vocab_size, workers)
+    plan = pipeline.Plan(output, settings, codec, tokenizer, vocab_size, workers, beam_options)
     fractions = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
     return pipeline.build(plan, sources, lambda ids: split_by_name(ids, seed=seed, **fractions))
 
@@ -117,7 +121,8 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         flags.DEFINE_float("test_fraction", 0.1, "Share of the files for the test split."),
         flags.DEFINE_float("validation_fraction", 0.05, "Share of the files for the validation split."),
         flags.DEFINE_integer("seed", 0, "Another seed splits the files differently."),
-        flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes at a time.", lower_bound=1),
+        flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes at a time, without Beam.", lower_bound=1),
+        flags.DEFINE_string("beam_options", None, "Work as an Apache Beam pipeline with these flags of Beam's."),
     )
     return {holder.name: holder for holder in holders}
 
@@ -131,7 +136,7 @@ def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
     values["tokenizer"] = pathlib.Path(values["tokenizer"]) if values["tokenizer"] else None
     try:
         skipped = make(folder, output, **values)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")
     if skipped:
         print(f"{len(skipped)} files were skipped:", file=sys.stderr)
@@ -141,4 +146,6 @@ def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(functools.partial(main, define_flags()))
+    from ttt_jax.data import prepare  # under its own name, so that other processes can unpickle its classes
+
+    app.run(functools.partial(prepare.main, prepare.define_flags()))
