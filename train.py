@@ -20,10 +20,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     # Imported late so that `--help` and wrong flags answer at once.
+    from ttt_jax.evaluation.continuation import speak
     from ttt_jax.training.experiment import run
 
     workdir = pathlib.Path(WORKDIR.value)
-    done, total = run(CONFIG.value.to_dict(), workdir)
+    done, total = run(CONFIG.value.to_dict(), workdir, speak)
     state = "finished" if done == total else "stopped; run the same command to resume"
     print(f"{state} after step {done} of {total}: {workdir}", file=sys.stderr)
 

@@ -69,6 +69,6 @@ def get_config() -> ml_collections.ConfigDict:
     # Codec2's fields are equals: no codebook carries the meaning of the others.
     config.loss = {"first_codebook_weight": 1.0, "text_padding_weight": 0.5}
     config.checkpoint = {"every_steps": 100, "every_seconds": 60.0, "keep": 2, "keep_every_steps": 0}
-    config.log = {"every_steps": 5, "diagnostics_every_steps": 50}
+    config.log = {"every_steps": 5, "diagnostics_every_steps": 50, "tensorboard": True, "audio_every_steps": 0}
     config.validation = {"every_steps": 200, "num_batches": 2}
     return config

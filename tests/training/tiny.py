@@ -21,6 +21,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer = {"learning_rate": 1e-2, "steps": 60, "warmup_steps": 5}
     config.loss = {"first_codebook_weight": 1.0}
     config.checkpoint = {"every_steps": 7, "every_seconds": 0.0, "keep": 3}
-    config.log = {"every_steps": 1, "diagnostics_every_steps": 10}
+    config.log = {"every_steps": 1, "diagnostics_every_steps": 10, "tensorboard": True, "audio_every_steps": 0}
     config.validation = {"every_steps": 25, "num_batches": 2}
     return config

@@ -16,6 +16,8 @@ from ttt_jax.data.text import RESERVED_IDS, load_tokenizer
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import UNGENERATED_TOKEN, MoshiConfig, init_stream, stream_step
 
+SPOKEN_SECONDS = 8.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
@@ -81,11 +83,23 @@ def continue_recording(
 
 def write_wav(path: pathlib.Path, tokens: np.ndarray, other: np.ndarray, info: TokenInfo) -> None:
     """Write stereo speech at the codec's rate: left the main speaker's `tokens [1 + n, T]`, right the other's codes."""
+    temporary = path.with_name(path.name + ".tmp")
+    soundfile.write(temporary, _stereo(tokens, other, info), info.sample_rate_hz, format="WAV")
+    temporary.replace(path)
+
+
+def _stereo(tokens: np.ndarray, other: np.ndarray, info: TokenInfo) -> np.ndarray:
     codec = get_codec(info.codec)
     channels = [codec.decode(tokens[1 : 1 + info.num_codebooks]), codec.decode(other[:, : tokens.shape[1]])]
-    temporary = path.with_name(path.name + ".tmp")
-    soundfile.write(temporary, np.stack(channels, axis=1), info.sample_rate_hz, format="WAV")
-    temporary.replace(path)
+    return np.stack(channels, axis=1)
+
+
+def speak(config: MoshiConfig, params: Any, codes: np.ndarray, info: TokenInfo) -> tuple[np.ndarray, int]:
+    """Hear the first seconds of a recording [1 + n_q, T] and go on: stereo float32 [samples, 2], sample rate in Hz."""
+    frames = round(SPOKEN_SECONDS * info.frame_rate_hz)
+    prompt = min(frames, codes.shape[1] // 2)
+    continued = continue_recording(config, params, codes, prompt_frames=prompt, num_frames=frames)
+    return _stereo(continued.tokens, codes[1 + info.num_codebooks :], info), info.sample_rate_hz
 
 
 def spoken_text(text_tokens: np.ndarray, tokenizer_path: pathlib.Path) -> str:

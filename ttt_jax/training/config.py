@@ -165,16 +165,27 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """How often lines go to metrics.jsonl: losses, and the diagnostics of the TTT layers (0: never)."""
+    """What a run tells, and every how many updates; 0 is never.
+
+    Attributes:
+        every_steps: Losses to metrics.jsonl.
+        diagnostics_every_steps: Diagnostics of the TTT layers to metrics.jsonl.
+        tensorboard: Also write all of it to the workdir's `tensorboard` folder.
+        audio_every_steps: A short continuation of a validation recording to TensorBoard. Compiles the stream each time.
+    """
 
     every_steps: int = 10
     diagnostics_every_steps: int = 100
+    tensorboard: bool = True
+    audio_every_steps: int = 0
 
     def __post_init__(self):
-        every = self.diagnostics_every_steps
+        every, audio = self.diagnostics_every_steps, self.audio_every_steps
+        with_board = audio == 0 or (audio > 0 and self.tensorboard)
         _require(
             every_steps=(self.every_steps >= 1, "at least 1", self.every_steps),
             diagnostics_every_steps=(every >= 0, "0 (off) or more", every),
+            audio_every_steps=(with_board, "0 (off), or more with tensorboard=True", audio),
         )
 
 

@@ -7,22 +7,31 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from ttt_jax.config import from_mapping
 from ttt_jax.data.chunks import Chunks, Crops, Stages, Walks
 from ttt_jax.data.reader import TokenDataset, open_dataset, splits
+from ttt_jax.data.tokens import TokenInfo
+from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.training.config import ExperimentConfig, Stage, claim_workdir, with_vocabulary
-from ttt_jax.training.loop import train
+from ttt_jax.training.loop import Speak, train
 
 VALIDATION = "validation"
 VALIDATION_SEED = 0
 
 
-def run(mapping: Mapping[str, Any], workdir: pathlib.Path) -> tuple[int, int]:
+Speaker = Callable[[MoshiConfig, Any, np.ndarray, TokenInfo], tuple[np.ndarray, int]]
+"""(model, parameters, a recording [1 + n_q, T], its dataset) -> what `loop.Speak` returns."""
+
+
+def run(mapping: Mapping[str, Any], workdir: pathlib.Path, speaker: Speaker | None = None) -> tuple[int, int]:
     """Trains the experiment that `mapping` describes, or goes on with it.
 
     Args:
         mapping: Fields of `ExperimentConfig`, nested as it is; the model's vocabulary comes from the dataset.
         workdir: The run's directory, made if missing.
+        speaker: Makes the model speak, for `config.log.audio_every_steps`.
 
     Returns:
         The updates done and the updates asked for.
@@ -46,7 +55,16 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path) -> tuple[int, int]:
     chunks = training_chunks(config, training)
     # Last, so that a start that fails leaves nothing behind.
     claim_workdir(workdir, config)
-    return train(config, workdir, chunks, validation), config.optimizer.steps
+    return train(config, workdir, chunks, validation, _speak(config, speaker)), config.optimizer.steps
+
+
+def _speak(config: ExperimentConfig, speaker: Speaker | None) -> Speak | None:
+    """The model going on with the longest validation recording."""
+    if speaker is None or config.log.audio_every_steps == 0 or VALIDATION not in splits(config.data.directory):
+        return None
+    held_out = open_dataset(config.data.directory, VALIDATION)
+    codes = held_out[int(np.argmax(held_out.num_frames))].codes
+    return lambda params: speaker(config.model, params, codes, held_out.info)
 
 
 def training_chunks(config: ExperimentConfig, dataset: TokenDataset) -> Chunks:

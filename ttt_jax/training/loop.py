@@ -5,7 +5,7 @@ import functools
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,9 +18,19 @@ from ttt_jax.training.checkpoints import Checkpoints, NonFiniteError, restore_la
 from ttt_jax.training.config import ExperimentConfig
 from ttt_jax.training.metrics import MetricsFile
 from ttt_jax.training.signals import StopRequest
+from ttt_jax.training.tensorboard import TensorBoard, losses_figure
+
+Speak = Callable[[Any], tuple[np.ndarray, int]]
+"""Parameters -> speech [samples] or [samples, channels] in [-1, 1], and its sample rate in Hz."""
 
 
-def train(config: ExperimentConfig, workdir: pathlib.Path, training: Chunks, validation: Chunks | None) -> int:
+def train(
+    config: ExperimentConfig,
+    workdir: pathlib.Path,
+    training: Chunks,
+    validation: Chunks | None,
+    speak: Speak | None = None,
+) -> int:
     """Trains to `config.optimizer.steps` updates, going on from the newest readable checkpoint in `workdir`.
 
     Policy: update i reads chunk i - 1 and nothing else but the state, so a killed run that is started again ends with
@@ -28,10 +38,11 @@ def train(config: ExperimentConfig, workdir: pathlib.Path, training: Chunks, val
 
     Args:
         config: The experiment.
-        workdir: Gets `checkpoints/` and `metrics.jsonl`.
+        workdir: Gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
         training: Chunks to train on.
         validation: Chunks of fresh rows, whose first `config.validation.num_batches` are scored; None: there is no
             validation, whatever the config says.
+        speak: Makes what is heard in TensorBoard every `config.log.audio_every_steps`; None: nothing is.
 
     Returns:
         The updates done: fewer than asked for after SIGTERM or SIGINT, which save and stop.
@@ -47,8 +58,15 @@ def train(config: ExperimentConfig, workdir: pathlib.Path, training: Chunks, val
         start = int(state.step)
         with Checkpoints(workdir, config) as checkpoints, MetricsFile(workdir / "metrics.jsonl", start) as metrics:
             _announce(config, state)
-            with _Reporter(config, metrics, checkpoints, start) as reporter:
-                return _updates(config, state, functions, (training, validation), checkpoints, reporter, stop)
+            with (
+                _board(config, workdir, start) as board,
+                _Reporter(config, metrics, board, checkpoints, start) as reporter,
+            ):
+                return _updates(config, state, functions, (training, validation, speak), checkpoints, reporter, stop)
+
+
+def _board(config: ExperimentConfig, workdir: pathlib.Path, start: int):
+    return TensorBoard(workdir, start) if config.log.tensorboard else contextlib.nullcontext()
 
 
 class _Functions:
@@ -74,8 +92,8 @@ class _Functions:
         return self._updates[chunk.tokens.shape](state, chunk)
 
 
-def _updates(config, state, functions, chunks, checkpoints, reporter, stop) -> int:
-    training, validation = chunks
+def _updates(config, state, functions, sources, checkpoints, reporter, stop) -> int:
+    training, validation, speak = sources
     last = config.optimizer.steps
     step = int(state.step)
     while step < last and not stop.requested:
@@ -92,6 +110,9 @@ def _updates(config, state, functions, chunks, checkpoints, reporter, stop) -> i
         if validation is not None and _validation_is_due(config, step):
             with reporter.pause():
                 reporter.write(step, "validation", _validate(config, functions, state.params, validation))
+        if speak is not None and _is_multiple(step, config.log.audio_every_steps):
+            with reporter.pause():
+                reporter.listen(step, *speak(state.params))
         if checkpoints.is_due(step):
             with reporter.pause():
                 reporter.sync()
@@ -126,9 +147,17 @@ def _announce(config: ExperimentConfig, state: steps.TrainState) -> None:
 class _Reporter:
     """Progress bar and metrics, read one update late so that the device always has work queued."""
 
-    def __init__(self, config: ExperimentConfig, metrics: MetricsFile, checkpoints: Checkpoints, start: int):
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        metrics: MetricsFile,
+        board: TensorBoard | None,
+        checkpoints: Checkpoints,
+        start: int,
+    ):
         self._config = config
         self._metrics = metrics
+        self._board = board
         self._checkpoints = checkpoints
         self._pending: tuple[int, dict, int] | None = None
         self._bar = tqdm.tqdm(initial=start, total=config.optimizer.steps, unit="step", dynamic_ncols=True)
@@ -158,7 +187,15 @@ class _Reporter:
     def write(self, step: int, kind: str, values: dict) -> None:
         """Writes further metrics of `step`, after those of the update itself."""
         self._flush()
-        self._metrics.write(step, kind, jax.device_get(values))
+        values = jax.device_get(values)
+        self._write(step, kind, values)
+        if self._board is not None and kind == "validation":
+            self._board.image(step, "validation/losses", losses_figure(values))
+
+    def listen(self, step: int, wav: np.ndarray, sample_rate_hz: int) -> None:
+        """Writes what the model says after `step`."""
+        if self._board is not None:
+            self._board.audio(step, "continuation", wav, sample_rate_hz)
 
     def sync(self) -> None:
         """Returns when everything pushed is on the disk."""
@@ -178,9 +215,14 @@ class _Reporter:
         if _is_multiple(step, self._config.log.every_steps):
             self._log(step, jax.device_get(metrics))
 
+    def _write(self, step: int, kind: str, values: dict) -> None:
+        self._metrics.write(step, kind, values)
+        if self._board is not None:
+            self._board.scalars(step, {kind: values})
+
     def _log(self, step: int, metrics: dict) -> None:
         now = time.perf_counter()
         rate = self._frames / (now - self._logged_at)
         self._frames, self._logged_at = 0, now
-        self._metrics.write(step, "train", {**metrics, "frames_per_second": rate})
+        self._write(step, "train", {**metrics, "frames_per_second": rate})
         self._bar.set_postfix_str(f"loss {float(metrics['loss']):.3f}, {rate:.0f} frames/s")
