@@ -37,6 +37,7 @@ def make(**sections) -> ExperimentConfig:
         ({"model": {"ttt": {"layer": (1,)}}}, r"config\.model\.ttt\.layer: .*`layers`"),
         ({"data": {"directory": "x", "num_frames": 0}}, r"config\.data: num_frames: expected at least 2 frames, got 0"),
         ({"checkpoint": {"keep": 1}}, r"keep: expected at least 2"),
+        ({"log": {"tensorboard": False, "audio_every_steps": 5}}, r"audio_every_steps: .*with tensorboard=True, got 5"),
         ({"modle": {}}, r"config\.modle: .*`model`"),
         ({"seed": -1}, r"config: seed: expected a non-negative"),
     ],
