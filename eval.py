@@ -9,9 +9,10 @@ from absl import app, flags, logging
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py; its newest checkpoint is evaluated.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "One checkpoint, or a converted model; needs --data.")
-BENCHMARK = flags.DEFINE_list("benchmark", ["nll_by_position"], "Benchmarks: nll_by_position.")
+BENCHMARK = flags.DEFINE_list("benchmark", ["nll_by_position"], "Benchmarks: nll_by_position, recall.")
 DATA = flags.DEFINE_string("data", None, "Token dataset; by default the one that the workdir was trained on.")
 SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset.")
+BASELINE = flags.DEFINE_string("baseline", None, "A model without TTT on the same data, beside which recall is shown.")
 OUTPUT = flags.DEFINE_string("output", None, "Directory for the results; by default the workdir or checkpoint.")
 
 
@@ -24,9 +25,11 @@ def main(argv: list[str]) -> None:
     # Imported late so that `--help` and wrong flags answer at once.
     from ttt_jax.evaluation.run import run
 
-    data, output = (None if flag.value is None else pathlib.Path(flag.value) for flag in (DATA, OUTPUT))
+    data, output, baseline = (
+        None if flag.value is None else pathlib.Path(flag.value) for flag in (DATA, OUTPUT, BASELINE)
+    )
     model = pathlib.Path(WORKDIR.value or CHECKPOINT.value or "")
-    print(run(model, BENCHMARK.value, data=data, split=SPLIT.value, output=output))
+    print(run(model, BENCHMARK.value, data=data, split=SPLIT.value, output=output, baseline=baseline))
 
 
 if __name__ == "__main__":

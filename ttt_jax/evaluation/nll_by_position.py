@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ttt_jax.data.codecs import get_codec
 from ttt_jax.data.reader import TokenDataset
 from ttt_jax.evaluation.baselines import StreamTable, empirical_entropy, fit_tables
-from ttt_jax.evaluation.scoring import MEMORIES, score_recordings
+from ttt_jax.evaluation.scoring import MEMORIES, Codes, check_streams, score_recordings
 from ttt_jax.evaluation.statistics import Estimate, mean_over_recordings, position_edges
 from ttt_jax.models.moshi import MoshiConfig
 
@@ -108,10 +108,10 @@ def nll_by_position(
     Raises:
       ValueError: the dataset's streams are not the model's.
     """
-    _check_streams(config, dataset)
+    check_streams(config, dataset.info)
     context = max(config.layer_attention(i)[1] for i in range(config.num_layers))
     segment = context if segment_frames is None else segment_frames
-    recordings = _Codes(dataset)
+    recordings = Codes(dataset)
     lengths = dataset.num_frames
     memories = MEMORIES if config.ttt is not None and config.ttt.layers else MEMORIES[:1]
     with tqdm(total=int(lengths.sum()) * len(memories), unit="frame", desc="scoring") as bar:
@@ -141,37 +141,11 @@ def nll_by_position(
         segment_frames=segment,
         edges=edges,
         streams=_summaries(
-            config, scores["carried"], recordings, _Codes(train), _Codes(validation) if validation else ()
+            config, scores["carried"], recordings, Codes(train), Codes(validation) if validation else ()
         ),
         curves=curves,
         gains=gains,
     )
-
-
-class _Codes(Sequence):
-    """The recordings' codes, read when asked for."""
-
-    def __init__(self, dataset: TokenDataset):
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index):
-        return self._dataset[index].codes
-
-
-def _check_streams(config: MoshiConfig, dataset: TokenDataset) -> None:
-    info = dataset.info
-    for name, model, data in (
-        ("streams", config.num_streams, info.num_streams),
-        ("card", config.card, info.card),
-        ("text_card", config.text_card, info.text_card),
-    ):
-        if model != data:
-            raise ValueError(
-                f"dataset: expected {name} {model} as the model has, got {data}; was it trained on another?"
-            )
 
 
 def silent_frames(codes: np.ndarray, dataset: TokenDataset) -> np.ndarray:

@@ -2,17 +2,30 @@
 
 import json
 import pathlib
+from collections.abc import Iterable
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ttt_jax.evaluation import recall
 from ttt_jax.evaluation.nll_by_position import Curve, NLLByPosition
 
-LABELS = {"carried": "TTT, state carried", "reset": "TTT, state reset every segment", "off": "TTT off"}
-COLORS = {"carried": "tab:blue", "reset": "tab:orange", "off": "tab:gray"}
+LABELS = {
+    "carried": "TTT, state carried",
+    "reset": "TTT, state reset every segment",
+    "off": "TTT off",
+    "baseline": "baseline",
+}
+COLORS = {"carried": "tab:blue", "reset": "tab:orange", "off": "tab:gray", "baseline": "tab:green"}
 matplotlib.use("Agg")
+
+
+def label(memory: str, curves: Iterable[Curve | recall.Curve]) -> str:
+    """A memory's name in a legend; a model without TTT has only one, which is no matter of TTT."""
+    has_ttt = any(curve.memory == "off" for curve in curves)
+    return LABELS[memory] if has_ttt or memory != "carried" else "model without TTT"
 
 
 def nll_figure(result: NLLByPosition) -> Figure:
@@ -43,11 +56,75 @@ def _draw(axes: Axes, result: NLLByPosition, curves: list[Curve]) -> None:
     for curve in curves:
         mean, low, high = (np.array([getattr(b, name) for b in curve.buckets]) for name in ("mean", "low", "high"))
         color = COLORS[curve.memory]
-        axes.plot(middles, mean, marker="o", markersize=3, color=color, label=LABELS[curve.memory], gid=curve.memory)
+        axes.plot(
+            middles,
+            mean,
+            marker="o",
+            markersize=3,
+            color=color,
+            label=label(curve.memory, result.curves),
+            gid=curve.memory,
+        )
         axes.fill_between(middles, low, high, color=color, alpha=0.15, linewidth=0)
     axes.axvline(result.context_frames / result.frame_rate_hz, color="black", linestyle=":", linewidth=0.8)
     axes.set_xscale("log")
     axes.grid(alpha=0.3)
+
+
+def recall_figure(result: recall.Recall) -> Figure:
+    """Accuracy and margin by gap, as text and as audio, one line a memory."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    edges = np.asarray(result.gap_edges_windows)
+    middles = bucket_middles(edges)
+    for column, modality in enumerate(("text", "audio")):
+        curves = [c for c in result.curves if (c.modality, c.group) == (modality, "all")]
+        for row, measure in enumerate(("accuracy", "margin")):
+            for n, curve in enumerate(curves):
+                shift = 1.04 ** (n - len(curves) / 2)  # side by side, so that equal ones are seen
+                _error_bars(
+                    axes[row, column], middles * shift, [getattr(b, measure) for b in curve.by_gap], curve, result
+                )
+            gap_axis(axes[row, column], edges, result.reach_windows)
+        axes[0, column].axhline(result.chance, color="black", linewidth=0.8, linestyle="--", label="chance")
+        axes[1, column].axhline(0, color="black", linewidth=0.8)
+        axes[0, column].set_title(f"answers as {modality}")
+        numbers = ["" if not b.accuracy.num_tokens else str(b.accuracy.num_tokens) for b in curves[0].by_gap]
+        for x, number in zip(middles, numbers, strict=True):
+            place = axes[1, column].get_xaxis_transform()
+            axes[1, column].text(x, 0.02, number, transform=place, ha="center", fontsize="x-small", color="gray")
+        axes[1, column].set_xlabel("gap since the latest mention [attention windows]; gray: number of answers")
+    axes[0, 0].set_ylabel("accuracy among the candidates")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[1, 0].set_ylabel("NLL of distractors less that of the answer [nats]", fontsize="small")
+    axes[0, 0].legend(fontsize="small")
+    return figure
+
+
+def bucket_middles(edges: np.ndarray) -> np.ndarray:
+    """Where buckets that begin at `edges` (0 first, the last without end) stand on a logarithmic axis."""
+    return np.concatenate([[edges[1] / 2**0.5], np.sqrt(edges[1:-1] * edges[2:]), [edges[-1] * 2**0.5]])
+
+
+def gap_axis(axes: Axes, edges: np.ndarray, reach_windows: float) -> None:
+    """A logarithmic axis of gaps in windows, with the window and the reach of all layers' windows marked."""
+    axes.set_xscale("log")
+    axes.set_xticks(edges[1:], [f"{edge:g}" for edge in edges[1:]])
+    axes.minorticks_off()
+    for gap, text in ((1, "one window"), (reach_windows, "reach of all layers")):
+        axes.axvline(gap, color="black", linestyle=":", linewidth=0.8)
+        place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "fontsize": "x-small", "color": "gray"}
+        axes.text(gap, 0.98, f" {text}", va="top", ha="right", **place)
+    axes.grid(alpha=0.3)
+
+
+def _error_bars(axes: Axes, x, estimates, curve: recall.Curve, result: recall.Recall) -> None:
+    """Means with their 95 % intervals, joined."""
+    mean, low, high = (np.array([getattr(e, name) for e in estimates]) for name in ("mean", "low", "high"))
+    there = ~np.isnan(mean)
+    spread = np.nan_to_num([mean - low, high - mean])[:, there]
+    style = {"color": COLORS[curve.memory], "label": label(curve.memory, result.curves)}
+    axes.errorbar(x[there], mean[there], yerr=np.maximum(spread, 0), marker="o", markersize=3, capsize=2, **style)
 
 
 def streams_figure(result: NLLByPosition) -> Figure:

@@ -1,15 +1,14 @@
-"""The report of a run: one HTML file that needs nothing beside it."""
+"""The report of a run: sections with sentences, plots and tables, as one HTML file that needs nothing beside it."""
 
 import base64
+import dataclasses
 import html
 import io
-import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from ttt_jax.evaluation.nll_by_position import NLLByPosition
 from ttt_jax.files import write_atomically
 
 STYLE = """
@@ -21,28 +20,40 @@ img { max-width: 100%; } audio { width: 100%; }
 """
 
 
-def stream_rows(result: NLLByPosition) -> list[list[str]]:
-    """One row a stream: name, model, interval, tables, the model's lead, and whether it is enough."""
-    rows = []
-    for stream in result.streams:
-        nll = stream.model.mean
-        learned = "no tokens" if math.isnan(nll) else "yes" if nll < stream.bound else "no"
-        interval = f"{stream.model.low:.3f} .. {stream.model.high:.3f}"
-        numbers = (stream.unigram_entropy, stream.unigram, stream.bigram, stream.bound)
-        rows.append([stream.name, f"{nll:.3f}", interval, *(f"{x:.3f}" for x in numbers), learned])
-    return rows
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells as they are shown; every row has as many as there are columns."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
-STREAM_COLUMNS = [
-    "stream",
-    "model NLL",
-    "95 % interval",
-    "unigram entropy",
-    "unigram table",
-    "bigram table",
-    "bound",
-    "below",
-]
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One part of the report; empty parts are left out.
+
+    Attributes:
+      heading: of the section.
+      lines: sentences, plain text.
+      figures: name of the PNG file, without suffix -> plot.
+      tables: in order, below the plots.
+      audio: a wav to listen to, embedded.
+    """
+
+    heading: str
+    lines: Sequence[str] = ()
+    figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+    tables: Sequence[Table] = ()
+    audio: pathlib.Path | None = None
+
+
+def as_text(sections: Iterable[Section]) -> str:
+    """The tables and sentences for a terminal."""
+    parts = []
+    for section in sections:
+        parts += [text_table(table.columns, table.rows) for table in section.tables]
+        parts += ["\n".join(section.lines)] if section.lines else []
+    return "\n\n".join(parts)
 
 
 def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -52,69 +63,26 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
 
 
-def summary(result: NLLByPosition) -> list[str]:
-    """Sentences that say what was found, whichever way it came out."""
-    hours = result.num_frames / result.frame_rate_hz / 3600
-    window = result.context_frames / result.frame_rate_hz
-    lines = [
-        f"{result.num_recordings} {result.split} recordings, {hours:.2f} hours, each scored whole and frame by frame "
-        f"before the state learns it; attention sees {window:g} s."
-    ]
-    for memory, what in (("reset", "resetting it at every segment"), ("off", "switching TTT off in the same model")):
-        for streams in ("audio", "text"):
-            gains = [g for g in result.gains if (g.memory, g.streams, g.frames) == (memory, streams, "all")]
-            gain = gains[0].beyond_context if gains else None
-            if gain is not None and gain.num_tokens:
-                lines.append(
-                    f"Carrying the TTT state against {what}: {gain.mean:+.4f} nats per {streams} token "
-                    f"({gain.low:+.4f} .. {gain.high:+.4f}) on frames beyond {window:g} s: {_verdict(gain)}."
-                )
-    return lines
-
-
-def _verdict(gain) -> str:
-    if math.isnan(gain.low):
-        return "too few recordings for an interval"
-    if gain.low > 0:
-        return "it helps"
-    return "it hurts" if gain.high < 0 else "no difference that these recordings can show"
-
-
-def write_report(
-    path: pathlib.Path,
-    result: NLLByPosition,
-    figures: dict[str, Figure],
-    *,
-    title: str,
-    audio: pathlib.Path | None = None,
-    audio_note: str = "",
-) -> None:
-    """Write the report to `path`; the wav is embedded.
-
-    Args:
-      path: of the HTML file.
-      result: of the benchmark.
-      figures: heading -> plot, in order.
-      title: of the page.
-      audio: a wav to listen to.
-      audio_note: what is to be heard in it, plain text.
-    """
-    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in summary(result))]
-    for heading, figure in figures.items():
-        name, url = html.escape(heading), _data_url("image/png", png(figure))
-        parts.append(f'<h2>{name}</h2><img alt="{name}" src="{url}">')
-    if audio is not None:
-        url = _data_url("audio/wav", audio.read_bytes())
-        parts.append(f"<h2>Continuation</h2><p>{html.escape(audio_note)}</p>")
-        parts.append(f'<audio controls src="{url}"></audio>')
-    parts.append("<h2>Streams</h2>" + _html_table(STREAM_COLUMNS, stream_rows(result)))
+def write_report(directory: pathlib.Path, title: str, sections: Sequence[Section]) -> pathlib.Path:
+    """Write `report.html` and every section's plots as PNG files into `directory`; returns the report's path."""
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.heading)}</h2>")
+        parts += [f"<p>{html.escape(line)}</p>" for line in section.lines]
+        for name, figure in section.figures.items():
+            image = _png(figure)
+            write_atomically(directory / f"{name}.png", image)
+            parts.append(f'<img alt="{html.escape(name)}" src="{_data_url("image/png", image)}">')
+        if section.audio is not None:
+            parts.append(f'<audio controls src="{_data_url("audio/wav", section.audio.read_bytes())}"></audio>')
+        parts += [_html_table(table) for table in section.tables]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    page = "\n".join([f'<!doctype html><html lang="en">{head}', *parts, "</html>\n"])
-    write_atomically(path, page)
+    path = directory / "report.html"
+    write_atomically(path, "\n".join([f'<!doctype html><html lang="en">{head}', *parts, "</html>\n"]))
+    return path
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -124,7 +92,7 @@ def _data_url(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in table.columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in table.rows)
     return f"<table><tr>{head}</tr>{body}</table>"

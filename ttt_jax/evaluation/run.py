@@ -1,6 +1,7 @@
 """From a trained model's directory to result files, plots and the report."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -11,18 +12,60 @@ import numpy as np
 from ttt_jax.checkpoint import load
 from ttt_jax.data.reader import TokenDataset, open_dataset, splits
 from ttt_jax.data.tokens import TOKENIZER_FILE
-from ttt_jax.evaluation import plots, report
+from ttt_jax.evaluation import plots
 from ttt_jax.evaluation.continuation import continue_recording, spoken_text, write_wav
-from ttt_jax.evaluation.nll_by_position import NLLByPosition, nll_by_position
+from ttt_jax.evaluation.nll_by_position import nll_by_position
+from ttt_jax.evaluation.recall import recall
+from ttt_jax.evaluation.report import Section, as_text, write_report
+from ttt_jax.evaluation.sections import nll_sections, recall_sections
 from ttt_jax.files import write_atomically
 from ttt_jax.models.moshi import MoshiConfig
 
-BENCHMARKS = ("nll_by_position",)
 PROMPT_SECONDS, CONTINUATION_SECONDS = 20.0, 20.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a benchmark is run on, and where its results go.
+
+    Attributes:
+      model: directory of the model.
+      config: of the model.
+      params: its parameter tree.
+      data: token dataset; None takes the one that the workdir's config names.
+      split: of the dataset.
+      output: directory for the results, made when there are some.
+      baseline: directory of a model to compare with, or None.
+    """
+
+    model: pathlib.Path
+    config: MoshiConfig
+    params: Any
+    data: pathlib.Path | None
+    split: str
+    output: pathlib.Path
+    baseline: pathlib.Path | None
+
+    @functools.cached_property
+    def dataset(self) -> pathlib.Path:
+        """Directory of the dataset."""
+        return self.data or _training_data(self.model)
+
+    def write(self, name: str, result: Any) -> None:
+        """Write a benchmark's result, a dataclass, as `<name>.json`."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_plain(dataclasses.asdict(result)), indent=1, allow_nan=False)
+        write_atomically(self.output / f"{name}.json", text)
+
+
 def run(
-    model: pathlib.Path, benchmarks: list[str], *, data: pathlib.Path | None, split: str, output: pathlib.Path | None
+    model: pathlib.Path,
+    benchmarks: list[str],
+    *,
+    data: pathlib.Path | None,
+    split: str,
+    output: pathlib.Path | None,
+    baseline: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Run benchmarks on a model and write `<benchmark>.json`, plots, a wav and `report.html`.
 
@@ -32,6 +75,7 @@ def run(
       data: token dataset; None takes the one that the workdir's config names.
       split: of the dataset.
       output: directory for the results, made if missing; None is `model`.
+      baseline: another model on the same dataset, for recall to compare with.
 
     Returns:
       The report's path.
@@ -45,18 +89,34 @@ def run(
         raise ValueError(
             f"--benchmark: expected names out of {', '.join(BENCHMARKS)}, got {', '.join(unknown) or 'none'}."
         )
-    config, params = load(model)
-    data = data or _training_data(model)
-    train, held_out = open_dataset(data, "train"), open_dataset(data, split)
-    validation = open_dataset(data, "validation") if "validation" in splits(data) else None
-    result = nll_by_position(config, params, held_out, train, validation, split=split)
-    output = output or model
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        output / "nll_by_position.json", json.dumps(_plain(dataclasses.asdict(result)), indent=1, allow_nan=False)
-    )
-    wav, note = _continuation(config, params, held_out, data, output)
-    return _report(model, result, output, wav, note)
+    job = Job(model, *load(model), data=data, split=split, output=output or model, baseline=baseline)
+    sections = [section for name in benchmarks for section in BENCHMARKS[name](job)]
+    training = plots.training_figure(model / "metrics.jsonl")
+    shown = [] if training is None else [Section("Training", figures={"training": training})]
+    path = write_report(job.output, f"{model.name}: {split} recordings", [*sections, *shown])
+    print(as_text(sections))
+    return path
+
+
+def _nll_by_position(job: Job) -> list[Section]:
+    train, held_out = open_dataset(job.dataset, "train"), open_dataset(job.dataset, job.split)
+    validation = open_dataset(job.dataset, "validation") if "validation" in splits(job.dataset) else None
+    result = nll_by_position(job.config, job.params, held_out, train, validation, split=job.split)
+    job.write("nll_by_position", result)
+    wav, note = _continuation(job.config, job.params, held_out, job.dataset, job.output)
+    return [*nll_sections(result), Section("Continuation", [note], audio=wav)]
+
+
+def _recall(job: Job) -> list[Section]:
+    held_out = open_dataset(job.dataset, job.split)
+    baseline = None if job.baseline is None else load(job.baseline)
+    tokenizer = job.dataset / TOKENIZER_FILE
+    result = recall(job.config, job.params, held_out, tokenizer, split=job.split, baseline=baseline)
+    job.write("recall", result)
+    return recall_sections(result)
+
+
+BENCHMARKS = {"nll_by_position": _nll_by_position, "recall": _recall}
 
 
 def _training_data(model: pathlib.Path) -> pathlib.Path:
@@ -94,24 +154,6 @@ def _continuation(
     if prompt or said:
         note += f' Heard: "{prompt}" The model goes on: "{said}"'
     return wav, note
-
-
-def _report(
-    model: pathlib.Path, result: NLLByPosition, output: pathlib.Path, wav: pathlib.Path, note: str
-) -> pathlib.Path:
-    figures = {"NLL by position": plots.nll_figure(result), "Streams": plots.streams_figure(result)}
-    training = plots.training_figure(model / "metrics.jsonl")
-    if training is not None:
-        figures["Training"] = training
-    for heading, name in (("NLL by position", "nll_by_position.png"), ("Streams", "streams.png")):
-        write_atomically(output / name, report.png(figures[heading]))
-    path = output / "report.html"
-    report.write_report(
-        path, result, figures, title=f"{model.name}: {result.split} recordings", audio=wav, audio_note=note
-    )
-    print(report.text_table(report.STREAM_COLUMNS, report.stream_rows(result)))
-    print("\n".join(report.summary(result)))
-    return path
 
 
 def _plain(value: Any) -> Any:

@@ -12,10 +12,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax.data.reader import TokenDataset
+from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import Moshi, MoshiConfig, delay, init_state, token_nll
 
 MEMORIES = ("carried", "reset", "off")
 """What becomes of the TTT state: carried through the recording, reset at every chunk, or TTT switched off."""
+
+
+class Codes(Sequence):
+    """A dataset's codes, read when asked for."""
+
+    def __init__(self, dataset: TokenDataset):
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        return self._dataset[index].codes
+
+
+def check_streams(config: MoshiConfig, info: TokenInfo, name: str = "dataset") -> None:
+    """Raise ValueError, which names the argument `name`, unless the model's streams are the dataset's."""
+    for what, model, data in (
+        ("streams", config.num_streams, info.num_streams),
+        ("card", config.card, info.card),
+        ("text_card", config.text_card, info.text_card),
+    ):
+        if model != data:
+            raise ValueError(
+                f"{name}: expected {what} {model} as the model has, got {data}; was it trained on another?"
+            )
 
 
 def score_recordings(
@@ -45,13 +73,8 @@ def score_recordings(
     Raises:
       ValueError: an unknown memory, or sizes below 1.
     """
-    if memory not in MEMORIES:
-        raise ValueError(f"memory: expected one of {MEMORIES}, got {memory!r}.")
-    for name, value in (("chunk_frames", chunk_frames), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected an int >= 1, got {value!r}.")
-    if memory == "off":
-        params = without_ttt(params)
+    check_at_least_one(chunk_frames=chunk_frames, batch_size=batch_size)
+    params = with_memory(params, memory)
     lengths = [recordings[i].shape[1] for i in range(len(recordings))]
     by_length = np.argsort(lengths, kind="stable")[::-1]  # rows of one group end at about the same time
     scores: list[np.ndarray] = [np.zeros((1 + config.dep_q, 0), np.float32)] * len(lengths)
@@ -64,6 +87,20 @@ def score_recordings(
             joined = np.concatenate([part[row] for part in parts], axis=-1)
             scores[index] = _undelayed(config, joined, recordings[index])
     return scores
+
+
+def check_at_least_one(**sizes: int) -> None:
+    """Raise ValueError for the first size below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {value!r}.")
+
+
+def with_memory(params: Any, memory: str) -> Any:
+    """The parameters to score with under one of `MEMORIES`; ValueError for another."""
+    if memory not in MEMORIES:
+        raise ValueError(f"memory: expected one of {MEMORIES}, got {memory!r}.")
+    return without_ttt(params) if memory == "off" else params
 
 
 def without_ttt(params: Any) -> Any:
@@ -79,10 +116,10 @@ def _score_group(
     config, params, codes: list[np.ndarray], rows: int, chunk_frames: int, reset: bool, progress
 ) -> Iterator[np.ndarray]:
     """Scores at delayed positions, chunk by chunk: [rows, 1 + dep_q, <= chunk_frames]."""
-    delayed = [_delayed(config, c) for c in codes]
+    delayed = [delayed_tokens(config, c) for c in codes]
     lengths = np.zeros(rows, np.int64)
     lengths[: len(codes)] = [d.shape[1] - 1 for d in delayed]
-    state = _init_state(config, params, rows)
+    state = fresh_state(config, params, rows)
     for start in range(0, lengths.max(initial=0), chunk_frames):
         tokens = np.full((rows, config.num_streams, chunk_frames + 1), -1, np.int32)
         for row, d in enumerate(delayed):
@@ -90,34 +127,43 @@ def _score_group(
             tokens[row, :, : piece.shape[1]] = piece
         length = np.clip(lengths - start, 0, chunk_frames).astype(np.int32)
         if reset and start:
-            state = _forget_ttt(config, params, state, rows)
+            state = forget_ttt(config, params, state)
         nll, state = _score_chunk(config, params, state, tokens, length)
         progress(int(length.sum()))
         yield np.asarray(nll)
 
 
 # Jitted so that the state lies where the parameters lie: the first chunk then compiles for all of them.
-_init_state = jax.jit(init_state, static_argnums=(0, 2))
+fresh_state = jax.jit(init_state, static_argnums=(0, 2))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _score_chunk(config: MoshiConfig, params, state, tokens, length):
-    """Scores of positions 1.. of `tokens [B, K, n + 1]` given the ones before: [B, 1 + dep_q, n]."""
+    return nll_of_next(config, params, state, tokens, length)
+
+
+def nll_of_next(config: MoshiConfig, params, state, tokens, length, *, with_audio: bool = True):
+    """Scores of delayed positions 1.. of `tokens [B, K, n + 1]` given the ones before, and the state that read n.
+
+    Returns [B, 1 + dep_q, n] in nats, without audio [B, 1, n].
+    """
     apply = functools.partial(Moshi(config).apply, {"params": params})
-    own = slice(0, 1 + config.dep_q)
-    targets = tokens[:, own, 1:]
+    targets = tokens[:, : 1 + config.dep_q, 1:]
     z, text_logits, state = cast(tuple, apply(tokens[:, :, :-1], state, length, method="temporal"))
-    logits = cast(jax.Array, apply(z, targets, method="depth"))
-    nll = jnp.concatenate([token_nll(text_logits, targets[:, :1]), token_nll(logits, targets[:, 1:])], axis=1)
+    nll = token_nll(text_logits, targets[:, :1])
+    if with_audio:
+        logits = cast(jax.Array, apply(z, targets, method="depth"))
+        nll = jnp.concatenate([nll, token_nll(logits, targets[:, 1:])], axis=1)
     return nll, state
 
 
-def _forget_ttt(config: MoshiConfig, params, state, rows: int):
-    fresh = _init_state(config, params, rows)
+def forget_ttt(config: MoshiConfig, params, state):
+    """The state with TTT as it was at the start; attention keeps its cache."""
+    fresh = fresh_state(config, params, state[0].attention.position.shape[0])
     return tuple(old._replace(ttt=new.ttt) for old, new in zip(state, fresh, strict=True))
 
 
-def _delayed(config: MoshiConfig, codes: np.ndarray) -> np.ndarray:
+def delayed_tokens(config: MoshiConfig, codes: np.ndarray) -> np.ndarray:
     """Delayed tokens [K, T + max_delay + 1], long enough for the last frame of the latest stream to be predicted."""
     padded = np.pad(codes, ((0, 0), (0, config.max_delay)), constant_values=-1)
     return np.asarray(delay(jnp.asarray(padded[None]), config.delays, config.initial_tokens)[0])

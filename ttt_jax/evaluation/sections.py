@@ -1,0 +1,158 @@
+"""What the benchmarks found, in sentences, tables and plots, whichever way it came out."""
+
+import dataclasses
+import math
+
+from ttt_jax.evaluation import plots
+from ttt_jax.evaluation.nll_by_position import NLLByPosition
+from ttt_jax.evaluation.recall import Recall, Recalled
+from ttt_jax.evaluation.report import Section, Table
+from ttt_jax.evaluation.statistics import Estimate
+
+CONTRASTS = {
+    "reset": "resetting it at every segment",
+    "off": "switching TTT off in the same model",
+    "baseline": "the baseline",
+}
+
+
+def nll_sections(result: NLLByPosition) -> list[Section]:
+    """Sections of nll_by_position."""
+    return [
+        Section("NLL by position", _nll_lines(result), {"nll_by_position": plots.nll_figure(result)}),
+        Section("Streams", (), {"streams": plots.streams_figure(result)}, [_streams_table(result)]),
+    ]
+
+
+def _streams_table(result: NLLByPosition) -> Table:
+    """One row a stream: name, model, interval, tables, the model's lead, and whether it is enough."""
+    rows = []
+    for stream in result.streams:
+        nll = stream.model.mean
+        learned = "no tokens" if math.isnan(nll) else "yes" if nll < stream.bound else "no"
+        numbers = (stream.unigram_entropy, stream.unigram, stream.bigram, stream.bound)
+        interval = f"{stream.model.low:.3f} .. {stream.model.high:.3f}"
+        rows.append([stream.name, f"{nll:.3f}", interval, *(f"{x:.3f}" for x in numbers), learned])
+    columns = ["stream", "model NLL", "95 % interval", "unigram entropy", "unigram table", "bigram table"]
+    return Table([*columns, "bound", "below"], rows)
+
+
+def _nll_lines(result: NLLByPosition) -> list[str]:
+    hours = result.num_frames / result.frame_rate_hz / 3600
+    window = result.context_frames / result.frame_rate_hz
+    lines = [
+        f"{result.num_recordings} {result.split} recordings, {hours:.2f} hours, each scored whole and frame by frame "
+        f"before the state learns it; attention sees {window:g} s."
+    ]
+    for memory in ("reset", "off"):
+        for streams in ("audio", "text"):
+            gains = [g for g in result.gains if (g.memory, g.streams, g.frames) == (memory, streams, "all")]
+            gain = gains[0].beyond_context if gains else None
+            if gain is not None and gain.num_tokens:
+                lines.append(
+                    f"Carrying the TTT state against {CONTRASTS[memory]}: {gain.mean:+.4f} nats per {streams} token "
+                    f"({gain.low:+.4f} .. {gain.high:+.4f}) on frames beyond {window:g} s: {_verdict(gain)}."
+                )
+    return lines
+
+
+def _verdict(gain: Estimate) -> str:
+    if math.isnan(gain.low):
+        return "too few recordings for an interval"
+    if gain.low > 0:
+        return "it helps"
+    return "it hurts" if gain.high < 0 else "no difference that these recordings can show"
+
+
+def recall_sections(result: Recall) -> list[Section]:
+    """Sections of recall."""
+    figures = {"recall": plots.recall_figure(result)}
+    tables = [_recall_table(result), _buckets_table(result, "gap"), _buckets_table(result, "mentions")]
+    return [Section("Recall of planted facts", [*_recall_lines(result), *result.notes], figures, tables)]
+
+
+def _recall_lines(result: Recall) -> list[str]:
+    window = result.window_frames / result.frame_rate_hz
+    lines = [
+        f"{result.num_answers} answers in {result.num_recordings} {result.split} recordings, each scored against "
+        f"distractors from the state just before it; attention sees {window:g} s, a window, in each layer, and through "
+        f"all layers {result.reach_windows:.3g} windows."
+    ]
+    for curve in result.curves:
+        accuracy, margin = curve.beyond_window.accuracy, curve.beyond_window.margin
+        if (curve.memory, curve.group) == ("carried", "all") and accuracy.num_tokens:
+            lines.append(
+                f"As {curve.modality}, beyond one window: the right answer comes first in {_percent(accuracy)} of "
+                f"{accuracy.num_tokens} answers, chance {result.chance:.0%}: {_against_chance(accuracy, result.chance)}; "
+                f"it leads the distractors by {_number(margin, '+.3f')} nats."
+            )
+    for gain in result.gains:
+        margin, accuracy = gain.beyond_window.margin, gain.beyond_window.accuracy
+        if gain.group == "all" and margin.num_tokens:
+            lines.append(
+                f"Carrying the TTT state against {CONTRASTS[gain.memory]}, beyond one window, as {gain.modality}: "
+                f"{_number(margin, '+.4f')} nats of margin, {_verdict(margin)}; accuracy {_percent(accuracy, '+.1f')}, "
+                f"{_verdict(accuracy)}."
+            )
+    return lines
+
+
+def _against_chance(accuracy: Estimate, chance: float) -> str:
+    if math.isnan(accuracy.low):
+        return "too few recordings for an interval"
+    if accuracy.low > chance:
+        return "above it"
+    return "below it" if accuracy.high < chance else "not told apart from it"
+
+
+def _recall_table(result: Recall) -> Table:
+    """Every memory, modality and group, over all gaps."""
+    rows = []
+    for curve in result.curves:
+        means = curve.overall
+        cells = [_percent(means.accuracy), _number(means.margin, "+.3f"), _number(means.margin_per_token, "+.3f")]
+        cells += [_number(means.rank, ".2f"), _number(means.nll, ".3f")]
+        if means.nll.num_tokens and (curve.group == "all" or curve.memory in ("carried", "baseline")):
+            answers = str(means.accuracy.num_tokens)
+            rows.append([plots.label(curve.memory, result.curves), curve.modality, curve.group, answers, *cells])
+    columns = ["model", "as", "answers that are", "number", "accuracy", "margin [nats]", "margin per token", "rank"]
+    return Table([*columns, "NLL of the answer"], rows)
+
+
+def _buckets_table(result: Recall, by: str) -> Table:
+    """Accuracy and margin of all answers by gap or by mentions, memories side by side."""
+    edges = result.gap_edges_windows if by == "gap" else result.mention_edges
+    unit = "windows" if by == "gap" else "mentions"
+    memories = list(dict.fromkeys(curve.memory for curve in result.curves))
+    rows = []
+    for modality in ("text", "audio"):
+        curves = {c.memory: c for c in result.curves if (c.modality, c.group) == (modality, "all")}
+        for i in range(len(edges)):
+            buckets: dict[str, Recalled] = {m: getattr(curves[m], f"by_{by}")[i] for m in memories}
+            number = buckets["carried"].accuracy.num_tokens
+            if number:
+                name = _bucket_name(edges, i, by)
+                cells = [f"{_percent(b.accuracy)}; {_number(b.margin, '+.2f')}" for b in buckets.values()]
+                rows.append([f"{modality}, {name} {unit}", str(number), *cells])
+    columns = [f"{plots.label(memory, result.curves)}: accuracy; margin" for memory in memories]
+    return Table(["by gap" if by == "gap" else "by mentions", "answers", *columns], rows)
+
+
+def _bucket_name(edges, i: int, by: str) -> str:
+    last = i + 1 == len(edges)
+    if by == "mentions":
+        return f"{edges[i]}{' or more' if last else ''}"
+    return f"{edges[i]:g} or more" if last else f"{edges[i]:g} to {edges[i + 1]:g}"
+
+
+def _percent(share: Estimate, form: str = ".1f") -> str:
+    scaled = dataclasses.replace(share, mean=100 * share.mean, low=100 * share.low, high=100 * share.high)
+    return _number(scaled, form) + " %"
+
+
+def _number(estimate: Estimate, form: str) -> str:
+    """Mean and interval."""
+    if math.isnan(estimate.mean):
+        return "none"
+    interval = "" if math.isnan(estimate.low) else f" ({estimate.low:{form}} .. {estimate.high:{form}})"
+    return f"{estimate.mean:{form}}{interval}"
