@@ -91,6 +91,31 @@ def test_writes_everything_it_promises(checkpoint, dataset, tmp_path):
     assert str(tmp_path / "report.html") in done.stdout
 
 
+def test_recall_against_a_baseline(checkpoint, dataset, tmp_path):
+    done = evaluate(
+        f"--checkpoint={checkpoint}", f"--data={dataset}", "--benchmark=recall", f"--baseline={checkpoint}",
+        f"--output={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = read_strictly(tmp_path / "recall.json")
+    assert {c["memory"] for c in result["curves"]} == {"carried", "reset", "off", "baseline"}
+    assert result["chance"] == pytest.approx(0.1)
+    spoken = [e for r in open_dataset(dataset, "test") for e in r.metadata["spoken"]]
+    assert result["num_answers"] == sum(e["role"] == "answer" for e in spoken) > 0
+    for curve in (c for c in result["curves"] if c["group"] == "all"):
+        assert curve["overall"]["accuracy"]["num_tokens"] == result["num_answers"]
+        assert sum(b["accuracy"]["num_tokens"] for b in curve["by_gap"]) == result["num_answers"]
+        # Untrained: near ln(card), which is that of the text tokens or of the codes.
+        assert abs(curve["overall"]["nll"]["mean"] - np.log(512)) < 1.5
+    report = (tmp_path / "report.html").read_text()
+    assert "Recall of planted facts" in report
+    assert (tmp_path / "recall.png").stat().st_size > 10_000
+    assert (
+        "As audio, beyond one window" in done.stdout or result["curves"][0]["beyond_window"]["nll"]["num_tokens"] == 0
+    )
+    assert not (tmp_path / "continuation.wav").exists()
+
+
 def test_untranscribed_audio_without_a_validation_split(tmp_path):
     """Two mono wavs: no text, no other speaker, two splits."""
     (tmp_path / "audio").mkdir()
@@ -99,6 +124,9 @@ def test_untranscribed_audio_without_a_validation_split(tmp_path):
         soundfile.write(tmp_path / "audio" / f"{name}.wav", noise, 8000)
     prepare.make(tmp_path / "audio", tmp_path / "tokens")
     save_untrained(tmp_path / "model", open_dataset(tmp_path / "tokens", "test").info)
+    with pytest.raises(ValueError, match="expected recordings with questions about planted facts"):
+        run(tmp_path / "model", ["recall"], data=tmp_path / "tokens", split="test", output=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
     run(tmp_path / "model", ["nll_by_position"], data=tmp_path / "tokens", split="test", output=tmp_path / "results")
     result = read_strictly(tmp_path / "results" / "nll_by_position.json")
     assert result["streams"][0]["model"]["mean"] is None
@@ -119,8 +147,8 @@ def test_silent_frames_follow_the_audio(dataset):
     ("flags", "message"),
     [
         (
-            ["--checkpoint=CHECKPOINT", "--data=DATA", "--benchmark=speed"],
-            "expected names out of nll_by_position, got speed",
+            ["--checkpoint=CHECKPOINT", "--data=DATA", "--benchmark=recall,memory"],
+            "expected names out of nll_by_position, recall, got memory",
         ),
         (["--checkpoint=CHECKPOINT"], "has no config.json that names its dataset; pass --data"),
         (["--checkpoint=MISSING", "--data=DATA"], "does not exist; expected a workdir of train.py or a checkpoint"),

@@ -74,7 +74,8 @@ def _draw(axes: Axes, result: NLLByPosition, curves: list[Curve]) -> None:
 def recall_figure(result: recall.Recall) -> Figure:
     """Accuracy and margin by gap, as text and as audio, one line a memory."""
     figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    axes = figure.subplots(2, 2, sharex=True)
+    axes[0, 1].sharey(axes[0, 0])
     edges = np.asarray(result.gap_edges_windows)
     middles = bucket_middles(edges)
     for column, modality in enumerate(("text", "audio")):
@@ -93,10 +94,10 @@ def recall_figure(result: recall.Recall) -> Figure:
         for x, number in zip(middles, numbers, strict=True):
             place = axes[1, column].get_xaxis_transform()
             axes[1, column].text(x, 0.02, number, transform=place, ha="center", fontsize="x-small", color="gray")
-        axes[1, column].set_xlabel("gap since the latest mention [attention windows]; gray: number of answers")
+        axes[1, column].set_xlabel("gap since the latest mention [attention windows]")
     axes[0, 0].set_ylabel("accuracy among the candidates")
-    axes[0, 0].set_ylim(bottom=0)
-    axes[1, 0].set_ylabel("NLL of distractors less that of the answer [nats]", fontsize="small")
+    axes[0, 0].set_ylim(bottom=-0.03)
+    axes[1, 0].set_ylabel("margin over distractors [nats per answer]\n(gray: number of answers)")
     axes[0, 0].legend(fontsize="small")
     return figure
 
@@ -107,9 +108,10 @@ def bucket_middles(edges: np.ndarray) -> np.ndarray:
 
 
 def gap_axis(axes: Axes, edges: np.ndarray, reach_windows: float) -> None:
-    """A logarithmic axis of gaps in windows, with the window and the reach of all layers' windows marked."""
+    """Make x a logarithmic axis of gaps in windows, with the window and the reach of all layers' windows marked."""
     axes.set_xscale("log")
     axes.set_xticks(edges[1:], [f"{edge:g}" for edge in edges[1:]])
+    axes.set_xlim(edges[1] / 2, edges[-1] * 2)
     axes.minorticks_off()
     for gap, text in ((1, "one window"), (reach_windows, "reach of all layers")):
         axes.axvline(gap, color="black", linestyle=":", linewidth=0.8)

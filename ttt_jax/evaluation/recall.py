@@ -216,6 +216,11 @@ def _answers(dataset: TokenDataset, tokenizer: pathlib.Path) -> tuple[list[list[
             "dataset: expected recordings with questions about planted facts in their metadata, got none; make some "
             "with `python -m ttt_jax.data.conversations --hours=8 --output=DIR`."
         )
+    if any(answer.held_out for answers in found for answer in answers):
+        notes.append(
+            "Held-out values compete with distractors of which training has met most, so a model that remembers "
+            "nothing falls below chance on them; differences between memories on the same answers are free of that."
+        )
     return found, notes
 
 

@@ -70,8 +70,7 @@ def write_report(directory: pathlib.Path, title: str, sections: Sequence[Section
         parts.append(f"<h2>{html.escape(section.heading)}</h2>")
         parts += [f"<p>{html.escape(line)}</p>" for line in section.lines]
         for name, figure in section.figures.items():
-            image = _png(figure)
-            write_atomically(directory / f"{name}.png", image)
+            image = save_figure(directory / f"{name}.png", figure)
             parts.append(f'<img alt="{html.escape(name)}" src="{_data_url("image/png", image)}">')
         if section.audio is not None:
             parts.append(f'<audio controls src="{_data_url("audio/wav", section.audio.read_bytes())}"></audio>')
@@ -82,9 +81,11 @@ def write_report(directory: pathlib.Path, title: str, sections: Sequence[Section
     return path
 
 
-def _png(figure: Figure) -> bytes:
+def save_figure(path: pathlib.Path, figure: Figure) -> bytes:
+    """Write the figure as a PNG file; returns the file's bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
+    write_atomically(path, buffer.getvalue())
     return buffer.getvalue()
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 from typing import Any
 
@@ -17,8 +16,8 @@ from ttt_jax.evaluation.continuation import continue_recording, spoken_text, wri
 from ttt_jax.evaluation.nll_by_position import nll_by_position
 from ttt_jax.evaluation.recall import recall
 from ttt_jax.evaluation.report import Section, as_text, write_report
+from ttt_jax.evaluation.results import write_result
 from ttt_jax.evaluation.sections import nll_sections, recall_sections
-from ttt_jax.files import write_atomically
 from ttt_jax.models.moshi import MoshiConfig
 
 PROMPT_SECONDS, CONTINUATION_SECONDS = 20.0, 20.0
@@ -54,8 +53,7 @@ class Job:
     def write(self, name: str, result: Any) -> None:
         """Write a benchmark's result, a dataclass, as `<name>.json`."""
         self.output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_plain(dataclasses.asdict(result)), indent=1, allow_nan=False)
-        write_atomically(self.output / f"{name}.json", text)
+        write_result(self.output / f"{name}.json", result)
 
 
 def run(
@@ -154,12 +152,3 @@ def _continuation(
     if prompt or said:
         note += f' Heard: "{prompt}" The model goes on: "{said}"'
     return wav, note
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: null where there is no number."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -83,7 +83,7 @@ def _recall_lines(result: Recall) -> list[str]:
         if (curve.memory, curve.group) == ("carried", "all") and accuracy.num_tokens:
             lines.append(
                 f"As {curve.modality}, beyond one window: the right answer comes first in {_percent(accuracy)} of "
-                f"{accuracy.num_tokens} answers, chance {result.chance:.0%}: {_against_chance(accuracy, result.chance)}; "
+                f"{accuracy.num_tokens} answers, {_against_chance(accuracy, result.chance)}; "
                 f"it leads the distractors by {_number(margin, '+.3f')} nats."
             )
     for gain in result.gains:
@@ -99,10 +99,10 @@ def _recall_lines(result: Recall) -> list[str]:
 
 def _against_chance(accuracy: Estimate, chance: float) -> str:
     if math.isnan(accuracy.low):
-        return "too few recordings for an interval"
+        return f"chance is {chance:.0%}, too few recordings for an interval"
     if accuracy.low > chance:
-        return "above it"
-    return "below it" if accuracy.high < chance else "not told apart from it"
+        return f"above chance ({chance:.0%})"
+    return f"below chance ({chance:.0%})" if accuracy.high < chance else f"not told apart from chance ({chance:.0%})"
 
 
 def _recall_table(result: Recall) -> Table:
