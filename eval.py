@@ -9,10 +9,11 @@ from absl import app, flags, logging
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py; its newest checkpoint is evaluated.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "One checkpoint, or a converted model; needs --data.")
-BENCHMARK = flags.DEFINE_list("benchmark", ["nll_by_position"], "Benchmarks: nll_by_position, recall.")
+BENCHMARK = flags.DEFINE_list("benchmark", ["nll_by_position"], "Benchmarks: nll_by_position, recall, speed.")
 DATA = flags.DEFINE_string("data", None, "Token dataset; by default the one that the workdir was trained on.")
 SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset.")
 BASELINE = flags.DEFINE_string("baseline", None, "A model without TTT on the same data, beside which recall is shown.")
+MAX_FRAMES = flags.DEFINE_integer("max_frames", 100_000, "Frames of the stream that speed measures.", lower_bound=200)
 OUTPUT = flags.DEFINE_string("output", None, "Directory for the results; by default the workdir or checkpoint.")
 
 
@@ -29,7 +30,14 @@ def main(argv: list[str]) -> None:
         None if flag.value is None else pathlib.Path(flag.value) for flag in (DATA, OUTPUT, BASELINE)
     )
     model = pathlib.Path(WORKDIR.value or CHECKPOINT.value or "")
-    print(run(model, BENCHMARK.value, data=data, split=SPLIT.value, output=output, baseline=baseline))
+    options = {
+        "data": data,
+        "split": SPLIT.value,
+        "output": output,
+        "baseline": baseline,
+        "max_frames": MAX_FRAMES.value,
+    }
+    print(run(model, BENCHMARK.value, **options))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from ttt_jax.evaluation import recall
 from ttt_jax.evaluation.nll_by_position import Curve, NLLByPosition
+from ttt_jax.evaluation.speed import Speed, Throughput
 
 LABELS = {
     "carried": "TTT, state carried",
@@ -146,6 +147,54 @@ def streams_figure(result: NLLByPosition) -> Figure:
     axes.set_title(f"whole {result.split} recordings")
     axes.legend()
     return figure
+
+
+def speed_figure(result: Speed) -> Figure:
+    """Time and memory of streaming by position, tokens per second of operations and of the model by length."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (time_axes, memory_axes), (ops_axes, steps_axes) = figure.subplots(2, 2)
+    middles = [(at.start_frame * at.end_frame) ** 0.5 for at in result.stream]
+    time_axes.plot(middles, [at.ms_per_frame for at in result.stream], marker="o", markersize=3, color="tab:blue")
+    quartiles = [at.low_ms for at in result.stream], [at.high_ms for at in result.stream]
+    time_axes.fill_between(middles, *quartiles, color="tab:blue", alpha=0.2, linewidth=0)
+    time_axes.set_ylim(bottom=0)
+    time_axes.set_ylabel("ms per frame (median, quartiles)")
+    time_axes.set_title(f"stream_step on {result.device}", fontsize="medium")
+    sizes = {"state": "state_bytes", "all arrays": "live_bytes", "process": "process_bytes", "device": "device_bytes"}
+    for name, field in sizes.items():
+        values = [getattr(at, field) for at in result.stream]
+        if None not in values:
+            ends = [at.end_frame for at in result.stream]
+            memory_axes.plot(ends, [v / 2**20 for v in values], marker="o", markersize=3, label=name)
+    memory_axes.set_yscale("log")
+    memory_axes.set_ylabel("memory [MiB]")
+    for axes in (time_axes, memory_axes):
+        axes.set_xlabel("frame of the stream")
+    _draw_throughput(ops_axes, result.ops)
+    ops_axes.set_title("operations: forward (solid), with gradients (dashed)", fontsize="medium")
+    _draw_throughput(steps_axes, result.steps)
+    steps_axes.set_title("the model, forward and backward", fontsize="medium")
+    for axes in (time_axes, memory_axes, ops_axes, steps_axes):
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    return figure
+
+
+def _draw_throughput(axes: Axes, measured: list[Throughput]) -> None:
+    """Tokens per second by length, a color a name."""
+    for n, name in enumerate(dict.fromkeys(m.name for m in measured)):
+        for work, style in (("forward", "-"), ("training", "--")):
+            of_both = [m for m in measured if (m.name, m.work) == (name, work)]
+            known = any(handle.get_gid() == name for handle in axes.get_lines())
+            axes.plot(
+                [m.length for m in of_both], [m.tokens_per_s for m in of_both], style, marker="o", markersize=3,
+                color=f"C{n}", gid=name, label=None if known or not of_both else name,
+            )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel("sequence length [tokens]")
+    axes.set_ylabel("tokens/s")
 
 
 def training_figure(metrics: pathlib.Path) -> Figure | None:

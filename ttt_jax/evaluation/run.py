@@ -17,7 +17,8 @@ from ttt_jax.evaluation.nll_by_position import nll_by_position
 from ttt_jax.evaluation.recall import recall
 from ttt_jax.evaluation.report import Section, as_text, write_report
 from ttt_jax.evaluation.results import write_result
-from ttt_jax.evaluation.sections import nll_sections, recall_sections
+from ttt_jax.evaluation.sections import nll_sections, recall_sections, speed_sections
+from ttt_jax.evaluation.speed import speed
 from ttt_jax.models.moshi import MoshiConfig
 
 PROMPT_SECONDS, CONTINUATION_SECONDS = 20.0, 20.0
@@ -35,6 +36,7 @@ class Job:
       split: of the dataset.
       output: directory for the results, made when there are some.
       baseline: directory of a model to compare with, or None.
+      max_frames: of speed's stream.
     """
 
     model: pathlib.Path
@@ -44,6 +46,7 @@ class Job:
     split: str
     output: pathlib.Path
     baseline: pathlib.Path | None
+    max_frames: int
 
     @functools.cached_property
     def dataset(self) -> pathlib.Path:
@@ -64,6 +67,7 @@ def run(
     split: str,
     output: pathlib.Path | None,
     baseline: pathlib.Path | None = None,
+    max_frames: int = 100_000,
 ) -> pathlib.Path:
     """Run benchmarks on a model and write `<benchmark>.json`, plots, a wav and `report.html`.
 
@@ -74,6 +78,7 @@ def run(
       split: of the dataset.
       output: directory for the results, made if missing; None is `model`.
       baseline: another model on the same dataset, for recall to compare with.
+      max_frames: of the stream that speed measures, and the most tokens of its sequences.
 
     Returns:
       The report's path.
@@ -87,7 +92,8 @@ def run(
         raise ValueError(
             f"--benchmark: expected names out of {', '.join(BENCHMARKS)}, got {', '.join(unknown) or 'none'}."
         )
-    job = Job(model, *load(model), data=data, split=split, output=output or model, baseline=baseline)
+    config, params = load(model)
+    job = Job(model, config, params, data, split, output or model, baseline, max_frames)
     sections = [section for name in benchmarks for section in BENCHMARKS[name](job)]
     training = plots.training_figure(model / "metrics.jsonl")
     shown = [] if training is None else [Section("Training", figures={"training": training})]
@@ -114,7 +120,13 @@ def _recall(job: Job) -> list[Section]:
     return recall_sections(result)
 
 
-BENCHMARKS = {"nll_by_position": _nll_by_position, "recall": _recall}
+def _speed(job: Job) -> list[Section]:
+    result = speed(job.config, job.params, max_frames=job.max_frames)
+    job.write("speed", result)
+    return speed_sections(result)
+
+
+BENCHMARKS = {"nll_by_position": _nll_by_position, "recall": _recall, "speed": _speed}
 
 
 def _training_data(model: pathlib.Path) -> pathlib.Path:

@@ -7,6 +7,7 @@ from ttt_jax.evaluation import plots
 from ttt_jax.evaluation.nll_by_position import NLLByPosition
 from ttt_jax.evaluation.recall import Recall, Recalled
 from ttt_jax.evaluation.report import Section, Table
+from ttt_jax.evaluation.speed import Speed, StreamSpeed
 from ttt_jax.evaluation.statistics import Estimate
 
 CONTRASTS = {
@@ -156,3 +157,48 @@ def _number(estimate: Estimate, form: str) -> str:
         return "none"
     interval = "" if math.isnan(estimate.low) else f" ({estimate.low:{form}} .. {estimate.high:{form}})"
     return f"{estimate.mean:{form}}{interval}"
+
+
+def speed_sections(result: Speed) -> list[Section]:
+    """Sections of speed."""
+    tables = [_stream_table(result), _throughput_table(result)]
+    return [Section("Speed and memory", _speed_lines(result), {"speed": plots.speed_figure(result)}, tables)]
+
+
+def _speed_lines(result: Speed) -> list[str]:
+    first, last = result.stream[0], result.stream[-1]
+    lines = [
+        f"On {result.device}, {result.num_cores} cores, {result.dtype}: a frame of {1000 / result.frame_rate_hz:g} ms "
+        f"takes {first.ms_per_frame:.2f} ms from frame {first.start_frame} on and {last.ms_per_frame:.2f} ms up to "
+        f"frame {last.end_frame}, "
+        f"{last.ms_per_frame / first.ms_per_frame:.3f} times as long; the state takes {_mib(first.state_bytes)} and "
+        f"{_mib(last.state_bytes)}, all arrays {_mib(first.live_bytes)} and {_mib(last.live_bytes)}, the process "
+        f"{_mib(first.process_bytes)} and {_mib(last.process_bytes)}."
+    ]
+    for crossover in result.crossovers:
+        lines.append(f"{crossover.name}, {crossover.work}, against full attention: {crossover.found}.")
+    return lines
+
+
+def _mib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:.1f} MiB"
+
+
+def _stream_table(result: Speed) -> Table:
+    def row(at: StreamSpeed) -> list[str]:
+        sizes = (at.state_bytes, at.live_bytes, at.process_bytes, at.device_bytes)
+        times = [f"{at.ms_per_frame:.3f}", f"{at.low_ms:.3f} .. {at.high_ms:.3f}"]
+        return [f"{at.start_frame} to {at.end_frame}", *times, *map(_mib, sizes)]
+
+    columns = ["frames", "ms per frame", "quartiles", "state", "all arrays", "process", "device"]
+    return Table(columns, [row(at) for at in result.stream])
+
+
+def _throughput_table(result: Speed) -> Table:
+    measured = [("operation", m) for m in result.ops] + [("model", m) for m in result.steps]
+    lengths = sorted({m.length for _, m in measured})
+    rows = []
+    for kind, name, work in dict.fromkeys((kind, m.name, m.work) for kind, m in measured):
+        rates = {m.length: m.tokens_per_s for k, m in measured if (k, m.name, m.work) == (kind, name, work)}
+        rows.append([f"{kind}: {name}, {work}", *(f"{rates[n]:,.0f}" if n in rates else "" for n in lengths)])
+    return Table(["tokens/s at a length of", *map(str, lengths)], rows)
