@@ -1,5 +1,6 @@
-"""Moshi: config, model, losses, delays and streaming."""
+"""Moshi: config, model, losses, delays, low-rank adaptation and streaming."""
 
+from ttt_jax.models.moshi import lora
 from ttt_jax.models.moshi.config import (
     UNGENERATED_TOKEN,
     ZERO_TOKEN,
@@ -30,6 +31,7 @@ __all__ = [
     "delayed_positions",
     "init_state",
     "init_stream",
+    "lora",
     "loss_sums",
     "losses",
     "mean_losses",
