@@ -16,6 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The quickstart; the model's streams and vocabularies come from the dataset. A placeholder is None until set."""
     config = ml_collections.ConfigDict()
     config.seed = 0
+    config.init_from = ""
     config.data = {
         "directory": "data/quickstart",
         "num_frames": 512,
@@ -40,7 +41,6 @@ def get_config() -> ml_collections.ConfigDict:
         "depformer_num_layers": 1,
         "depformer_num_heads": 4,
         "depformer_weights_per_step_schedule": placeholder(tuple),
-        "dtype": "float32",
         "remat": False,
         "ttt": {
             "layers": (2, 4),
@@ -59,16 +59,32 @@ def get_config() -> ml_collections.ConfigDict:
         "learning_rate": 2e-3,
         "steps": 760,
         "warmup_steps": 40,
+        "schedule": "cosine",
         "final_learning_rate_fraction": 0.1,
         "b1": 0.9,
         "b2": 0.95,
         "weight_decay": 0.1,
         "clip_norm": 1.0,
         "accumulate": 1,
+        "train": "all",
+        "groups": {name: _group() for name in ("base", "ttt", "gates")},
     }
+    config.lora = {"rank": 128, "scaling": 2.0}
+    config.precision = {"parameters": "float32", "activations": "float32"}
     # Codec2's fields are equals: no codebook carries the meaning of the others.
     config.loss = {"first_codebook_weight": 1.0, "text_padding_weight": 0.5}
     config.checkpoint = {"every_steps": 100, "every_seconds": 60.0, "keep": 2, "keep_every_steps": 0}
     config.log = {"every_steps": 5, "diagnostics_every_steps": 50, "tensorboard": True, "audio_every_steps": 0}
     config.validation = {"every_steps": 200, "num_batches": 2}
     return config
+
+
+def _group() -> dict:
+    """A group of parameters that is trained as `config.optimizer` says."""
+    return {
+        "learning_rate_factor": 1.0,
+        "schedule": placeholder(str),
+        "warmup_steps": placeholder(int),
+        "final_learning_rate_fraction": placeholder(float),
+        "weight_decay": placeholder(float),
+    }

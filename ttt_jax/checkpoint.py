@@ -1,26 +1,45 @@
-"""Model checkpoints: an Orbax directory with the parameters as "params" and the model's config in its metadata."""
+"""Model checkpoints: an Orbax directory with the parameters as "params" and the model's config in its metadata.
+
+Those of a run that trains low-rank factors hold them apart, as "lora"; `load` merges them into the parameters.
+"""
 
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 
 from ttt_jax.config import from_mapping
-from ttt_jax.models.moshi import MoshiConfig
+from ttt_jax.models.moshi import MoshiConfig, lora
 
 PARAMS = "params"
+LORA = "lora"
 CHECKPOINTS = "checkpoints"
 MODELS = {"moshi": MoshiConfig}
 
 
-def model_metadata(config: Any) -> dict[str, Any]:
-    """What a checkpoint's metadata says of its model: `{"model": name, "config": fields}`, JSON-serializable."""
+class ModelMetadata(NamedTuple):
+    """What a checkpoint's metadata says of its model."""
+
+    config: Any
+    params: Any  # shape and dtype of each parameter, in its place
+    lora: Any  # the same for low-rank factors that belong to them, None without
+    lora_scaling: float
+
+
+def model_metadata(config: Any, lora_scaling: float | None = None) -> dict[str, Any]:
+    """What a checkpoint's metadata says of its model: `{"model": name, "config": fields}`, JSON-serializable.
+
+    Args:
+        config: The model's config.
+        lora_scaling: Of the low-rank factors that the checkpoint holds beside the parameters; None: it holds none.
+    """
     names = {cls: name for name, cls in MODELS.items()}
-    return {"model": names[type(config)], "config": dataclasses.asdict(config)}
+    model = {"model": names[type(config)], "config": dataclasses.asdict(config)}
+    return model if lora_scaling is None else model | {LORA: {"scaling": lora_scaling}}
 
 
 def save_model(directory: str | pathlib.Path, config: Any, params: Any) -> None:
@@ -54,6 +73,16 @@ def load(directory: str | pathlib.Path) -> tuple[Any, Any]:
         FileNotFoundError: No checkpoint there.
         ValueError: The checkpoint cannot be read.
     """
+    return _read_newest(directory, _load_model)
+
+
+def load_shapes(directory: str | pathlib.Path) -> tuple[Any, Any]:
+    """What `load` would read, with the shape and dtype of each parameter in its place; the errors are the same."""
+    metadata = _read_newest(directory, read_metadata)
+    return metadata.config, metadata.params
+
+
+def _read_newest[T](directory: str | pathlib.Path, read: Callable[[pathlib.Path], T]) -> T:
     directory = pathlib.Path(directory).absolute()
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist; expected a workdir of train.py or a checkpoint.")
@@ -61,14 +90,14 @@ def load(directory: str | pathlib.Path) -> tuple[Any, Any]:
         paths = step_directories(directory / CHECKPOINTS)
         if not paths:
             raise FileNotFoundError(f"{directory} holds no finished checkpoint yet; run train.py until it saves one.")
-        return first_readable(paths, _load_model)[1]
+        return first_readable(paths, read)[1]
     if not (directory / PARAMS).is_dir():
         raise FileNotFoundError(f"{directory} is neither a workdir of train.py nor a checkpoint.")
-    return first_readable([directory], _load_model)[1]
+    return first_readable([directory], read)[1]
 
 
-def read_metadata(path: pathlib.Path) -> tuple[Any, Any]:
-    """The model's config and the shapes and dtypes of its parameters, as one checkpoint's metadata tells them.
+def read_metadata(path: pathlib.Path) -> ModelMetadata:
+    """Reads what one checkpoint's metadata says of its model.
 
     Raises:
         ValueError: The metadata is damaged, or was not written by this library.
@@ -77,9 +106,18 @@ def read_metadata(path: pathlib.Path) -> tuple[Any, Any]:
     saved: Any = metadata.custom_metadata
     if not isinstance(saved, dict) or saved.get("model") not in MODELS:
         raise ValueError(f"{path}: its metadata names none of the models {list(MODELS)}.")
-    if metadata.metadata[PARAMS] is None:
-        raise ValueError(f"{path}: the metadata of its parameters cannot be read.")
-    return from_mapping(MODELS[saved["model"]], saved["config"], f"{path.name}.config"), metadata.metadata[PARAMS]
+    for name in (PARAMS, LORA) if LORA in saved else (PARAMS,):
+        if metadata.metadata.get(name) is None:
+            raise ValueError(f"{path}: the metadata of its {name} cannot be read.")
+    config = from_mapping(MODELS[saved["model"]], saved["config"], f"{path.name}.config")
+    if LORA not in saved:
+        return ModelMetadata(config, metadata.metadata[PARAMS], None, 1.0)
+    return ModelMetadata(config, metadata.metadata[PARAMS], metadata.metadata[LORA], saved[LORA]["scaling"])
+
+
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Whether a run has saved its state in `workdir`, damaged since or not."""
+    return (workdir / CHECKPOINTS).is_dir() and len(step_directories(workdir / CHECKPOINTS)) > 0
 
 
 def step_directories(root: pathlib.Path) -> list[pathlib.Path]:
@@ -112,7 +150,16 @@ def _first_line(error: Exception) -> str:
 
 
 def _load_model(path: pathlib.Path) -> tuple[Any, Any]:
-    config, shapes = read_metadata(path)
+    metadata = read_metadata(path)
+    params = _load_arrays(path, PARAMS, metadata.params)
+    if metadata.lora:
+        factors = _load_arrays(path, LORA, metadata.lora)
+        # Donated, so that there are never two copies of the parameters.
+        params = jax.jit(lora.merge, static_argnums=2, donate_argnums=0)(params, factors, metadata.lora_scaling)
+    return metadata.config, params
+
+
+def _load_arrays(path: pathlib.Path, name: str, shapes: Any) -> Any:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-    return config, ocp.load(str(path), abstract, checkpointable_name=PARAMS)
+    return ocp.load(str(path), abstract, checkpointable_name=name)

@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
-from ttt_jax.training.config import ExperimentConfig, claim_workdir, with_vocabulary
+from ttt_jax.training.config import GROUPS, ExperimentConfig, claim_workdir, with_vocabulary
 from ttt_jax.training.experiment import run
 
 INFO = TokenInfo("codec2", 12.5, 8000, num_codebooks=8, card=512, text_card=300)
@@ -39,6 +39,17 @@ def make(**sections) -> ExperimentConfig:
         ({"checkpoint": {"keep": 1}}, r"keep: expected at least 2"),
         ({"log": {"tensorboard": False, "audio_every_steps": 5}}, r"audio_every_steps: .*with tensorboard=True, got 5"),
         ({"modle": {}}, r"config\.modle: .*`model`"),
+        (
+            {"optimizer": {"train": "ttt"}},
+            r"config: optimizer\.train: expected .*without model\.ttt",
+        ),
+        (
+            {"model": {"dtype": "bfloat16"}},
+            r"config: model\.dtype: expected float32, as precision",
+        ),
+        ({"precision": {"activations": "float16"}}, r"config\.precision\.activations: .*'bfloat16'.*'float16'"),
+        ({"precision": {"parameters": "bfloat16"}}, r"config\.precision\.parameters: .*'float32'.*'bfloat16'"),
+        ({"lora": {"rank": 0}}, r"config\.lora: rank: expected at least 1, got 0"),
         ({"seed": -1}, r"config: seed: expected a non-negative"),
     ],
 )
@@ -109,6 +120,7 @@ def test_every_shipped_config_is_valid(path):
 
 
 FROM_THE_DATASET = {"n_q", "dep_q", "card", "text_card", "existing_text_padding_id", "existing_text_end_padding_id"}
+NOT_FLAGS = FROM_THE_DATASET | {"dtype"}  # which precision.activations sets
 
 
 def field_names(value: object, path: str = "") -> dict[str, object]:
@@ -131,7 +143,10 @@ def on_the_command_line(monkeypatch, path, settings) -> dict[str, object]:
     holder = config_flags.DEFINE_config_file("config", flag_values=values)
     values(arguments)
     fields = field_names(from_mapping(ExperimentConfig, holder.value.to_dict()))
-    return {name: value for name, value in fields.items() if name.rsplit(".", 1)[-1] not in FROM_THE_DATASET}
+    return {name: value for name, value in fields.items() if name.rsplit(".", 1)[-1] not in NOT_FLAGS}
+
+
+OF_A_GROUP = {"schedule": "linear", "warmup_steps": 9, "final_learning_rate_fraction": 0.5, "weight_decay": 0.25}
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
@@ -139,11 +154,12 @@ def on_the_command_line(monkeypatch, path, settings) -> dict[str, object]:
 def test_every_field_is_a_flag(path, monkeypatch):
     fields = on_the_command_line(monkeypatch, path, {})
     settings = {name: value for name, value in fields.items() if value is not None} | {
-        **{"optimizer.clip_norm": 0.25, "model.dtype": "bfloat16", "model.remat": True, "seed": 5},
+        **{"optimizer.clip_norm": 0.25, "precision.activations": "bfloat16", "model.remat": True, "seed": 5},
         **{"data.mode": "follow", "data.recording_frames": 100},
         **{"model.ttt.base_lr": 0.5, "model.ttt.num_heads": 8, "model.ttt.context": 60, "model.ttt.sinks": 2},
         **{"model.depformer_dim_feedforward": 64, "model.delays": (0,) * 9 + (1,) * 8},
         "model.depformer_weights_per_step_schedule": (0, 1, 2, 3, 3, 3, 3, 3),
+        **{f"optimizer.groups.{group}.{name}": value for group in GROUPS for name, value in OF_A_GROUP.items()},
     }
     assert settings.keys() == fields.keys()
     assert on_the_command_line(monkeypatch, path, settings) == settings

@@ -6,15 +6,12 @@ import pytest
 from ttt_jax.config import from_mapping
 from ttt_jax.data.chunks import Chunk
 from ttt_jax.models import moshi
-from ttt_jax.training.config import ExperimentConfig, OptimizerConfig
+from ttt_jax.training.config import ExperimentConfig
 from ttt_jax.training.step import (
     all_finite,
-    decay_mask,
     diagnostics,
     evaluate,
     init_state,
-    learning_rate_schedule,
-    make_optimizer,
     train_step,
 )
 
@@ -57,42 +54,6 @@ def state(config):
 @pytest.fixture(scope="module")
 def update(config):
     return jax.jit(lambda state, chunk: train_step(config, state, chunk))
-
-
-def test_the_learning_rate_rises_linearly_and_falls_by_a_cosine():
-    rate = learning_rate_schedule(OptimizerConfig(2.0, steps=14, warmup_steps=4, final_learning_rate_fraction=0.1))
-    got = [float(rate(update)) for update in range(14)]
-    np.testing.assert_allclose(got[:4], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
-    np.testing.assert_allclose(got[8], 0.5 * (2.0 + 0.2), rtol=1e-6)
-    np.testing.assert_allclose(got[-1], 0.2, rtol=1e-5)
-    flat = learning_rate_schedule(OptimizerConfig(2.0, steps=4, warmup_steps=0))
-    assert 1.5 < float(flat(0)) < 2.0
-
-
-def test_norms_biases_gates_and_the_inner_biases_are_not_decayed(state):
-    shapes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state.params)}
-    flags = {jax.tree_util.keystr(path): flag for path, flag in jax.tree.leaves_with_path(decay_mask(state.params))}
-    decayed = [name for name, flag in flags.items() if flag]
-    kept = [name for name, flag in flags.items() if not flag]
-    assert not any(len(shapes[name]) == 1 for name in decayed)
-    for part in ("norm1", "norm2", "norm_ttt", "out_norm", "gate'", "b1'", "b2'", "ln_scale'", "ln_bias'"):
-        assert any(part in name for name in kept), part
-        assert not any(part in name for name in decayed), part
-    for part in ("'emb'", "in_proj", "text_linear", "w1'", "w2'", "wo"):
-        assert any(part in name for name in decayed), part
-
-
-def test_weight_decay_follows_the_mask(config, state):
-    optimizer = make_optimizer(config.optimizer)
-    zero = jax.tree.map(jnp.zeros_like, state.params)
-    updates, _ = jax.jit(optimizer.update)(zero, state.optimizer, state.params)
-    rate = learning_rate_schedule(config.optimizer)(0)
-    expected = jax.tree.map(
-        lambda param, decayed: -rate * config.optimizer.weight_decay * decayed * param,
-        state.params,
-        decay_mask(state.params),
-    )
-    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-9), updates, expected)
 
 
 def test_training_lowers_the_loss_and_evaluation_in_between_changes_nothing(config, state, update):

@@ -8,7 +8,15 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 
-from ttt_jax.checkpoint import CHECKPOINTS, PARAMS, first_readable, model_metadata, read_metadata, step_directories
+from ttt_jax.checkpoint import (
+    CHECKPOINTS,
+    LORA,
+    PARAMS,
+    first_readable,
+    model_metadata,
+    read_metadata,
+    step_directories,
+)
 from ttt_jax.training.config import CheckpointConfig, ExperimentConfig
 from ttt_jax.training.step import TrainState, all_finite
 
@@ -54,14 +62,15 @@ def _read(path: pathlib.Path, abstract: TrainState) -> TrainState:
     # One after the other: when one of several fails, Orbax leaves the others' coroutines unawaited.
     params = ocp.load(str(path), placed.params, checkpointable_name=PARAMS)
     progress = ocp.load(str(path), progress, checkpointable_name=PROGRESS)
-    state = TrainState(progress["step"], params, progress["optimizer"], progress.get("carry", ()))
+    lora = ocp.load(str(path), placed.lora, checkpointable_name=LORA) if placed.lora else None
+    state = TrainState(progress["step"], params, progress["optimizer"], progress.get("carry", ()), lora)
     if int(state.step) != int(path.name):
         raise ValueError(f"{path} holds step {int(state.step)}.")
     return state
 
 
 def _progress(state: TrainState) -> dict[str, Any]:
-    """All of a state but the parameters."""
+    """All of a state but the parameters and their low-rank factors."""
     carried = {"carry": state.carry} if state.carry else {}
     return {"step": state.step, "optimizer": state.optimizer, **carried}
 
@@ -70,12 +79,13 @@ class Checkpoints:
     """Writes the states of a run to `workdir`/checkpoints in the background; a context manager that waits at its end.
 
     A checkpoint holds the parameters ("params", with the model's config in its metadata, so that `ttt_jax.load` reads
-    it) and the rest of the state ("progress").
+    it), low-rank factors if there are any ("lora"), and the rest of the state ("progress").
     """
 
     def __init__(self, workdir: pathlib.Path, config: ExperimentConfig):
         self._config = config.checkpoint
-        self._model = model_metadata(config.model)
+        scaling = config.lora.scaling if config.optimizer.train == "lora" else None
+        self._model = model_metadata(config.model, scaling)
         self._checkpointer = ocp.training.Checkpointer(
             str(workdir.absolute() / CHECKPOINTS),
             preservation_policy=_preservation_policy(config.checkpoint),
@@ -111,7 +121,7 @@ class Checkpoints:
             raise NonFiniteError(f"The parameters after step {step} are not finite. {self.advice()}")
         self._checkpointer.save_checkpointables_async(
             step,
-            {PARAMS: state.params, PROGRESS: _progress(state)},
+            {PARAMS: state.params, PROGRESS: _progress(state)} | ({LORA: state.lora} if state.lora else {}),
             force=True,
             custom_metadata=self._model,
         )

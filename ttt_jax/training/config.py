@@ -6,11 +6,19 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ttt_jax.checkpoint import CHECKPOINTS, step_directories
+from ttt_jax.checkpoint import has_checkpoint
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.files import write_atomically
 from ttt_jax.models.moshi import MoshiConfig
+
+Schedule = Literal["cosine", "linear", "constant"]
+SCHEDULES = ("cosine", "linear", "constant")
+TrainMode = Literal["all", "qkvo", "ttt", "lora"]
+TRAIN_MODES = ("all", "qkvo", "ttt", "lora")
+GROUPS = ("base", "ttt", "gates")
+
+_DTYPE = "{}, as precision.activations sets it (leave model.dtype out)"
 
 RESUMABLE = ("checkpoint", "log", "validation")
 """Sections that may differ when a run is resumed: they do not change the parameters."""
@@ -87,27 +95,73 @@ def _check_frames(num_frames: int, recording_frames: int | None) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class GroupConfig:
+    """How one group of parameters is trained; None takes the run's value.
+
+    Attributes:
+        learning_rate_factor: Times the run's `learning_rate`, the peak of this group.
+        schedule: See `OptimizerConfig`.
+        warmup_steps: Updates until the group's peak.
+        final_learning_rate_fraction: Learning rate after the last update, as a fraction of the group's peak.
+        weight_decay: Of the group's matrices.
+    """
+
+    learning_rate_factor: float = 1.0
+    schedule: Schedule | None = None
+    warmup_steps: int | None = None
+    final_learning_rate_fraction: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self):
+        factor, final = self.learning_rate_factor, self.final_learning_rate_fraction
+        _require(
+            learning_rate_factor=(factor > 0, "more than 0 (optimizer.train says what is frozen)", factor),
+            schedule=(self.schedule in (None, *SCHEDULES), f"one of {SCHEDULES}", self.schedule),
+            warmup_steps=(self.warmup_steps is None or self.warmup_steps >= 0, "0 or more updates", self.warmup_steps),
+            final_learning_rate_fraction=(final is None or 0 <= final <= 1, "a fraction in [0, 1]", final),
+            weight_decay=(self.weight_decay is None or self.weight_decay >= 0, "0 or more", self.weight_decay),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupsConfig:
+    """The groups: `ttt`, the inserted TTT layers and their norms; `gates`, in front of them; `base`, all the rest."""
+
+    base: GroupConfig = GroupConfig()
+    ttt: GroupConfig = GroupConfig()
+    gates: GroupConfig = GroupConfig()
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; the learning rate rises linearly over `warmup_steps`, then falls by a cosine to its final fraction.
+    """AdamW; the learning rate rises linearly over `warmup_steps`, then follows the schedule.
 
     Attributes:
         learning_rate: Peak learning rate.
         steps: Updates in all, warm-up included.
         warmup_steps: Updates until the peak.
-        final_learning_rate_fraction: Learning rate after the last update, as a fraction of the peak.
-        clip_norm: Gradients are scaled down to this global L2 norm.
+        schedule: After the peak: by a "cosine" or "linear" to the final fraction at `steps`, or "constant".
+        final_learning_rate_fraction: Learning rate after the last update, as a fraction of the peak; a constant
+            schedule ignores it.
+        clip_norm: Gradients are scaled down to this L2 norm, over all that is trained.
         accumulate: Groups of rows that are read one after the other to save memory; the update is the same.
+        train: What changes: "all"; "qkvo" (the temporal attention's projections, TTT and gates); "ttt" (TTT and gates);
+            "lora" (low-rank factors beside Moshi's linear layers, see `LoRAConfig`, and TTT and gates).
+        groups: What differs between groups of parameters.
     """
 
     learning_rate: float = 1e-3
     steps: int = 1000
     warmup_steps: int = 100
+    schedule: Schedule = "cosine"
     final_learning_rate_fraction: float = 0.1
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     accumulate: int = 1
+    train: TrainMode = "all"
+    groups: GroupsConfig = GroupsConfig()
 
     def __post_init__(self):
         final = self.final_learning_rate_fraction
@@ -115,12 +169,57 @@ class OptimizerConfig:
             learning_rate=(self.learning_rate > 0, "more than 0", self.learning_rate),
             steps=(self.steps >= 1, "at least 1", self.steps),
             warmup_steps=(0 <= self.warmup_steps < self.steps, f"0 <= warmup_steps < {self.steps}", self.warmup_steps),
+            schedule=(self.schedule in SCHEDULES, f"one of {SCHEDULES}", self.schedule),
             final_learning_rate_fraction=(0 <= final <= 1, "a fraction in [0, 1]", final),
             b1=(0 <= self.b1 < 1, "a decay in [0, 1)", self.b1),
             b2=(0 <= self.b2 < 1, "a decay in [0, 1)", self.b2),
             weight_decay=(self.weight_decay >= 0, "0 or more", self.weight_decay),
             clip_norm=(self.clip_norm > 0, "more than 0", self.clip_norm),
             accumulate=(self.accumulate >= 1, "at least 1", self.accumulate),
+            train=(self.train in TRAIN_MODES, f"one of {TRAIN_MODES}", self.train),
+        )
+        for name in GROUPS:
+            warmup = getattr(self.groups, name).warmup_steps or 0
+            in_time = (warmup < self.steps, f"less than steps = {self.steps}", warmup)
+            _require(**{f"groups.{name}.warmup_steps": in_time})
+
+    def group(self, name: str) -> GroupConfig:
+        """The settings of group `name`, with the run's in place of each None."""
+        group = getattr(self.groups, name)
+        own = {field: value for field, value in vars(group).items() if value is not None}
+        return GroupConfig(**{field: getattr(self, field) for field in vars(group) if field not in own}, **own)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank factors, used when `optimizer.train` is "lora": `W + scaling * A B` with `rank` columns in A."""
+
+    rank: int = 128
+    scaling: float = 2.0
+
+    def __post_init__(self):
+        _require(
+            rank=(self.rank >= 1, "at least 1", self.rank),
+            scaling=(self.scaling > 0, "more than 0", self.scaling),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Which numbers are of which dtype; what is not named here is float32 always: loss, gradients, moments, TTT state.
+
+    Attributes:
+        parameters: As stored and updated; the layers cast them to the activations' dtype where they multiply.
+        activations: Sets `model.dtype`.
+    """
+
+    parameters: Literal["float32"] = "float32"
+    activations: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        _require(
+            parameters=(self.parameters == "float32", "float32", self.parameters),
+            activations=(self.activations in ("float32", "bfloat16"), "float32 or bfloat16", self.activations),
         )
 
 
@@ -205,12 +304,30 @@ class ValidationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """A whole training run; with the dataset it determines the trained parameters."""
+    """A whole training run; with the dataset and `init_from` it determines the trained parameters.
+
+    Attributes:
+        data: What an update reads.
+        model: Its `dtype` is set by `precision.activations`.
+        seed: Of fresh parameters and of the order of the data.
+        init_from: Directory of the model to start from, as `ttt_jax.load` takes it; "" starts from fresh parameters.
+            TTT layers and gates that it does not have are inserted fresh, without effect on its logits.
+        optimizer: What changes, and how.
+        lora: Low-rank factors, when `optimizer.train` asks for them.
+        precision: Dtypes.
+        loss: Weights inside it.
+        checkpoint: When to save.
+        log: What goes to metrics.jsonl.
+        validation: How often, and on how much.
+    """
 
     data: DataConfig
     model: MoshiConfig = dataclasses.field(default_factory=MoshiConfig)
     seed: int = 0
+    init_from: str = ""
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoRAConfig = LoRAConfig()
+    precision: Precision = Precision()
     loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -218,10 +335,15 @@ class ExperimentConfig:
 
     def __post_init__(self):
         groups, rows = self.optimizer.accumulate, self.data.batch_size
+        dtype, has_ttt = self.precision.activations, self.model.ttt is not None and len(self.model.ttt.layers) > 0
+        is_possible = has_ttt or self.optimizer.train != "ttt"
         _require(
             seed=(0 <= self.seed < 2**31, "a non-negative 31-bit integer", self.seed),
             **{"optimizer.accumulate": (rows % groups == 0, f"a divisor of data.batch_size = {rows}", groups)},
+            **{"optimizer.train": (is_possible, "something else than 'ttt' without model.ttt", self.optimizer.train)},
+            **{"model.dtype": (self.model.dtype in (MoshiConfig.dtype, dtype), _DTYPE.format(dtype), self.model.dtype)},
         )
+        object.__setattr__(self, "model", dataclasses.replace(self.model, dtype=dtype))
 
 
 def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:
@@ -262,8 +384,7 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     """
     path = workdir / "config.json"
     new = json.loads(json.dumps(dataclasses.asdict(config)))
-    checkpoints = workdir / CHECKPOINTS
-    if path.exists() and checkpoints.is_dir() and step_directories(checkpoints):
+    if path.exists() and has_checkpoint(workdir):
         old = json.loads(path.read_text())
         differing = [d for d in _differences(old, new) if not d.startswith(RESUMABLE)]
         if differing:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax.checkpoint import has_checkpoint
 from ttt_jax.config import from_mapping
 from ttt_jax.data.chunks import Chunks, Crops, Stages, Walks
 from ttt_jax.data.reader import TokenDataset, open_dataset, splits
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.training.config import ExperimentConfig, Stage, claim_workdir, with_vocabulary
+from ttt_jax.training.initial import check_init_from
 from ttt_jax.training.loop import Speak, train
 
 VALIDATION = "validation"
@@ -53,6 +55,8 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path, speaker: Speaker | No
     elif config.validation.every_steps:
         print(f"no validation: {config.data.directory} is too small to hold such a split", file=sys.stderr)
     chunks = training_chunks(config, training)
+    if not has_checkpoint(workdir):
+        check_init_from(config)
     # Last, so that a start that fails leaves nothing behind.
     claim_workdir(workdir, config)
     return train(config, workdir, chunks, validation, _speak(config, speaker)), config.optimizer.steps

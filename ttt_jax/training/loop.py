@@ -16,7 +16,9 @@ from ttt_jax.data.chunks import Chunk, Chunks
 from ttt_jax.training import step as steps
 from ttt_jax.training.checkpoints import Checkpoints, NonFiniteError, restore_latest
 from ttt_jax.training.config import ExperimentConfig
+from ttt_jax.training.initial import read_init_from
 from ttt_jax.training.metrics import MetricsFile
+from ttt_jax.training.parameters import trained_part
 from ttt_jax.training.signals import StopRequest
 from ttt_jax.training.tensorboard import TensorBoard, losses_figure
 
@@ -54,7 +56,8 @@ def train(
     with StopRequest() as stop:
         state = restore_latest(workdir, functions.abstract_state)
         if state is None:
-            state = jax.jit(functools.partial(steps.init_state, config))()
+            # Donated, so that there are never two copies of the parameters.
+            state = jax.jit(functools.partial(steps.init_state, config), donate_argnums=0)(read_init_from(config))
         start = int(state.step)
         with Checkpoints(workdir, config) as checkpoints, MetricsFile(workdir / "metrics.jsonl", start) as metrics:
             _announce(config, state)
@@ -74,8 +77,9 @@ class _Functions:
 
     def __init__(self, config: ExperimentConfig):
         self.abstract_state = jax.eval_shape(functools.partial(steps.init_state, config))
-        self.diagnostics = jax.jit(functools.partial(steps.diagnostics, config))
+        self._diagnostics = jax.jit(functools.partial(steps.diagnostics, config))
         self.evaluate = jax.jit(functools.partial(steps.evaluate, config))
+        self._model_params = jax.jit(functools.partial(steps.model_params, config))
         self._train_step = jax.jit(functools.partial(steps.train_step, config), donate_argnums=0)
         self._updates: dict[tuple[int, ...], Any] = {}
 
@@ -86,6 +90,14 @@ class _Functions:
     def compile(self, chunk: Chunk) -> None:
         """Makes `update` ready, so that the measured speed does not contain it."""
         self._updates[chunk.tokens.shape] = self._train_step.lower(self.abstract_state, chunk).compile()
+
+    def model_params(self, state: steps.TrainState) -> Any:
+        """What Moshi is run with; a copy only where low-rank factors are to be merged."""
+        return self._model_params(state.params, state.lora) if state.lora else state.params
+
+    def diagnose(self, state: steps.TrainState, chunk: Chunk) -> dict[str, jax.Array]:
+        """Diagnostics of the update that reads `chunk` next."""
+        return self._diagnostics(self.model_params(state), chunk, state.carry)
 
     def update(self, state: steps.TrainState, chunk: Chunk) -> tuple[steps.TrainState, dict]:
         """`train_step`; `state` is given up."""
@@ -104,15 +116,15 @@ def _updates(config, state, functions, sources, checkpoints, reporter, stop) -> 
                 functions.compile(chunk)
         if _is_multiple(step, config.log.diagnostics_every_steps):
             with reporter.pause():
-                reporter.write(step, "diagnostics", functions.diagnostics(state.params, chunk, state.carry))
+                reporter.write(step, "diagnostics", functions.diagnose(state, chunk))
         state, metrics = functions.update(state, chunk)
         reporter.push(step, metrics, int(chunk.length.sum()))
         if validation is not None and _validation_is_due(config, step):
             with reporter.pause():
-                reporter.write(step, "validation", _validate(config, functions, state.params, validation))
+                reporter.write(step, "validation", _validate(config, functions, state, validation))
         if speak is not None and _is_multiple(step, config.log.audio_every_steps):
             with reporter.pause():
-                reporter.listen(step, *speak(state.params))
+                reporter.listen(step, *speak(functions.model_params(state)))
         if checkpoints.is_due(step):
             with reporter.pause():
                 reporter.sync()
@@ -132,16 +144,19 @@ def _validation_is_due(config: ExperimentConfig, step: int) -> bool:
     return _is_multiple(step, every) or (every > 0 and step == config.optimizer.steps)
 
 
-def _validate(config, functions, params, chunks: Chunks) -> dict[str, Any]:
+def _validate(config, functions, state, chunks: Chunks) -> dict[str, Any]:
+    params = functions.model_params(state)
     scores = [functions.evaluate(params, chunks[i]) for i in range(config.validation.num_batches)]
     return jax.tree.map(lambda *values: np.mean(jax.device_get(values), axis=0), *scores)
 
 
 def _announce(config: ExperimentConfig, state: steps.TrainState) -> None:
-    millions = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6
+    trained = trained_part(state.params, state.lora, config.optimizer.train)
+    numbers = [sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6 for tree in (trained, state.params)]
+    parameters = "training {:.1f} M of {:.1f} M parameters".format(*numbers)
     done, device = int(state.step), jax.devices()[0].device_kind
     resumed = f"resuming after step {done}" if done else "starting"
-    print(f"{resumed} of {config.optimizer.steps}: {millions:.1f} M parameters on {device}; compiling", file=sys.stderr)
+    print(f"{resumed} of {config.optimizer.steps}: {parameters} on {device}; compiling", file=sys.stderr)
 
 
 class _Reporter:

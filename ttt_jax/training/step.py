@@ -10,10 +10,10 @@ import optax
 
 from ttt_jax.data.chunks import Chunk
 from ttt_jax.models import moshi
-from ttt_jax.training.config import ExperimentConfig, OptimizerConfig
-
-NEVER_DECAYED = ("b1", "b2", "ln_scale", "ln_bias")
-"""Parameters of [heads, ...] that are biases and norms all the same: the inner model's."""
+from ttt_jax.training.config import ExperimentConfig
+from ttt_jax.training.initial import initial_parameters
+from ttt_jax.training.optimizer import make_optimizer
+from ttt_jax.training.parameters import Trained, put_back, trained_part
 
 
 class TrainState(NamedTuple):
@@ -23,52 +23,20 @@ class TrainState(NamedTuple):
     params: Any  # float32, Moshi's parameter tree
     optimizer: optax.OptState
     carry: Any = ()  # following recordings: Moshi's state of every row, leaves [B, ...]
+    lora: Any = None  # low-rank factors to be merged into `params`, None unless the run trains such
 
 
-def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Learning rate of each update: linear to the peak at `warmup_steps` updates, cosine to the end at `steps`."""
-    peak = config.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=peak,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.steps,
-        end_value=peak * config.final_learning_rate_fraction,
-    )
-    # optax counts updates from 0, where the warm-up is still 0: the first update would do nothing.
-    return lambda count: schedule(count + 1)
-
-
-def decay_mask(params: Any) -> Any:
-    """True for the parameters that are decayed: matrices; not norms, biases, gates nor the inner model's biases."""
-
-    def is_decayed(path, param):
-        is_vector = sum(size > 1 for size in param.shape) < 2
-        return not is_vector and path[-1].key not in NEVER_DECAYED
-
-    return jax.tree.map_with_path(is_decayed, params)
-
-
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        ),
-    )
-
-
-def init_state(config: ExperimentConfig) -> TrainState:
-    """A fresh state; the parameters follow from `config.seed`."""
-    codes = jnp.zeros((1, config.model.num_streams, config.data.num_frames), jnp.int32)
-    params = moshi.Moshi(config.model).init(jax.random.key(config.seed), codes)["params"]
+def init_state(config: ExperimentConfig, given: Any = None) -> TrainState:
+    """A fresh state; the parameters follow from `config.seed` and from `given`, see `initial_parameters`."""
+    params, lora = initial_parameters(config, given)
+    optimizer = make_optimizer(config.optimizer).init(trained_part(params, lora, config.optimizer.train))
     carry = moshi.init_state(config.model, params, config.data.batch_size) if config.data.mode == "follow" else ()
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer).init(params), carry)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer, carry, lora)
+
+
+def model_params(config: ExperimentConfig, params: Any, lora: Any) -> Any:
+    """What Moshi is run with: `params`, with the low-rank factors, if any, merged into them."""
+    return moshi.lora.merge(params, lora, config.lora.scaling) if lora else params
 
 
 def train_step(config: ExperimentConfig, state: TrainState, chunk: Chunk) -> tuple[TrainState, dict]:
@@ -78,24 +46,25 @@ def train_step(config: ExperimentConfig, state: TrainState, chunk: Chunk) -> tup
     loss over all rows.
     """
     weights = _loss_weights(config, chunk)
-    gradients = jax.grad(_loss, argnums=1, has_aux=True)
+    trained = trained_part(state.params, state.lora, config.optimizer.train)
+    gradients = jax.grad(functools.partial(_loss, config, state.params, weights), has_aux=True)
     groups = config.optimizer.accumulate
     if groups == 1:
-        total, (sums, carry) = gradients(config, state.params, chunk, state.carry, weights)
+        total, (sums, carry) = gradients(trained, chunk, state.carry)
     else:
 
         def add(accumulated, group):
-            gradient, (sums, carry) = gradients(config, state.params, *group, weights)
+            gradient, (sums, carry) = gradients(trained, *group)
             return jax.tree.map(jnp.add, accumulated, (gradient, sums)), carry
 
         split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (chunk, state.carry))
-        zeros = (jax.tree.map(jnp.zeros_like, state.params), _zero_sums(config))
+        zeros = (jax.tree.map(jnp.zeros_like, trained), _zero_sums(config))
         (total, sums), carry = jax.lax.scan(add, zeros, split)
         carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
-    updates, optimizer = make_optimizer(config.optimizer).update(total, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, optimizer = make_optimizer(config.optimizer).update(total, state.optimizer, trained)
+    trained: Any = optax.apply_updates(trained, updates)
     metrics = _metrics(sums) | {"gradient_norm": optax.tree.norm(total)}
-    return TrainState(state.step + 1, params, optimizer, carry), metrics
+    return TrainState(state.step + 1, put_back(state.params, trained), optimizer, carry, trained.lora), metrics
 
 
 def evaluate(config: ExperimentConfig, params: Any, chunk: Chunk) -> dict[str, jax.Array]:
@@ -119,8 +88,9 @@ def diagnostics(config: ExperimentConfig, params: Any, chunk: Chunk, carry: Any 
     return {"/".join(str(key.key) for key in path): jnp.mean(jnp.stack(values)) for path, values in sown}
 
 
-def _loss(config: ExperimentConfig, params, chunk: Chunk, carry, weights):
-    """Loss of some rows, as a part of that of all rows, whose tokens weigh `weights`."""
+def _loss(config: ExperimentConfig, params, weights, trained: Trained, chunk: Chunk, carry):
+    """Loss of some rows, as a part of that of all rows, whose tokens weigh `weights`; gradients are for `trained`."""
+    params = model_params(config, put_back(params, trained), trained.lora)
     sums, carry = _read(config, params, chunk, carry)
     text_weight, audio_weight = weights
     return sums.text / text_weight + sums.audio / audio_weight, (sums, carry)

@@ -1,0 +1,72 @@
+"""What a run starts from: fresh parameters, or an existing model's with fresh ones where TTT is inserted into it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ttt_jax.checkpoint import load, load_shapes
+from ttt_jax.convert.checks import check_tensors
+from ttt_jax.models import moshi
+from ttt_jax.training.config import ExperimentConfig
+from ttt_jax.training.parameters import group_of
+
+NOT_IN_THE_SHAPES = ("num_heads", "depformer_num_heads", "max_period", "delays", "depth_schedule")
+"""What a model's parameters mean, but their shapes do not tell."""
+
+
+def initial_parameters(config: ExperimentConfig, given: Any = None) -> tuple[Any, Any]:
+    """Moshi's parameters before the first update, and the low-rank factors (None unless the run trains such).
+
+    They follow from `config.seed` and `given`, what `read_init_from` returned; what is not in there is fresh.
+    """
+    key = jax.random.key(config.seed)
+    codes = jnp.zeros((1, config.model.num_streams, 2), jnp.int32)
+    fresh = moshi.Moshi(config.model).init(key, codes)["params"]
+    params = unflatten_dict(flatten_dict(fresh) | flatten_dict(given or {}))
+    if config.optimizer.train != "lora":
+        return params, None
+    return params, moshi.lora.init_factors(jax.random.fold_in(key, 1), params, config.lora.rank)
+
+
+def read_init_from(config: ExperimentConfig) -> dict[str, Any] | None:
+    """The parameters of the model in `config.init_from`, None when that is "".
+
+    Raises:
+        FileNotFoundError, ValueError: See `check_init_from`.
+    """
+    if not config.init_from:
+        return None
+    model, params = load(config.init_from)
+    _check(config, model, params)
+    return jax.tree.map(lambda leaf: leaf.astype(config.precision.parameters), params)
+
+
+def check_init_from(config: ExperimentConfig) -> None:
+    """Checks, without reading the parameters, that the run can start from `config.init_from`.
+
+    Raises:
+        FileNotFoundError: No model there.
+        ValueError: It cannot be read, or is not the experiment's model before TTT was inserted (or with TTT in fewer
+            layers); lists every parameter that is missing, unexpected or misshapen.
+    """
+    if config.init_from:
+        _check(config, *load_shapes(config.init_from))
+
+
+def _check(config: ExperimentConfig, model: moshi.MoshiConfig, params: Any) -> None:
+    differing = [
+        f"{name}: there {getattr(model, name)!r}, config.model says {getattr(config.model, name)!r}"
+        for name in NOT_IN_THE_SHAPES
+        if getattr(model, name) != getattr(config.model, name)
+    ]
+    if differing:
+        raise ValueError(f"config.init_from={config.init_from}: is another model. " + "; ".join(differing))
+    given = flatten_dict(params, sep="/")
+    needed: dict[str, Any] = flatten_dict(jax.eval_shape(lambda: initial_parameters(config)[0]), sep="/")
+    expected = {path: leaf.shape for path, leaf in needed.items() if path in given or group_of(path) == "base"}
+    try:
+        check_tensors(expected, given)
+    except ValueError as error:
+        raise ValueError(f"config.init_from={config.init_from}: {error}") from error
