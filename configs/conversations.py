@@ -55,10 +55,10 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
     config.model.update(SIZES[name]["model"])
     config.model.ttt.update(SIZES[name]["ttt"])
     config.optimizer.update(SIZES[name]["optimizer"])
-    config.loss = {"first_codebook_weight": 1.0, "text_padding_weight": 0.2}
-    config.checkpoint = {"every_steps": 1000, "every_seconds": 600.0, "keep": 2, "keep_every_steps": 0}
-    config.log = {"every_steps": 20, "diagnostics_every_steps": 200}
-    config.validation = {"every_steps": 500, "num_batches": 4}
+    config.loss.text_padding_weight = 0.2
+    config.checkpoint.update({"every_steps": 1000, "every_seconds": 600.0})
+    config.log.update({"every_steps": 20, "diagnostics_every_steps": 200})
+    config.validation.update({"every_steps": 500, "num_batches": 4})
     if size.endswith(WITHOUT):
         config.model.hidden_scale += _ttt_share(config.model)
         with config.ignore_type():

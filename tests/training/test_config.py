@@ -4,12 +4,16 @@ import json
 import pathlib
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from configs import conversations
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
+from ttt_jax.models.moshi import Moshi
 from ttt_jax.training.config import GROUPS, ExperimentConfig, claim_workdir, with_vocabulary
 from ttt_jax.training.experiment import run
 
@@ -117,6 +121,27 @@ def test_every_shipped_config_is_valid(path):
     config = from_mapping(ExperimentConfig, mapping)
     assert with_vocabulary(mapping["model"], INFO).dim == config.model.dim
     assert "--config=configs/" + path.name in module.__doc__
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_without_ttt_means_at_equal_parameters(size):
+    def num_parameters(config) -> int:
+        model = with_vocabulary(config.model.to_dict(), INFO)
+        codes = jax.ShapeDtypeStruct((1, model.num_streams, 4), jnp.int32)
+        shapes = jax.eval_shape(Moshi(model).init, jax.random.key(0), codes)
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    with_ttt, without = conversations.get_config(size), conversations.get_config(size + conversations.WITHOUT)
+    assert with_ttt.model.ttt
+    assert without.model.ttt is None
+    assert with_ttt.data == without.data
+    assert with_ttt.optimizer == without.optimizer
+    assert abs(num_parameters(without) / num_parameters(with_ttt) - 1) < 0.01
+
+
+def test_an_unknown_size_is_named():
+    with pytest.raises(ValueError, match=r"conversations\.py:tiny: expected one of \['small', 'medium', 'large'\]"):
+        conversations.get_config("tiny")
 
 
 FROM_THE_DATASET = {"n_q", "dep_q", "card", "text_card", "existing_text_padding_id", "existing_text_end_padding_id"}
