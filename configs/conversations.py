@@ -25,7 +25,7 @@ SIZES = {
         "data": {"num_frames": 512, "batch_size": 1},
         "model": {"dim": 128, "num_layers": 4, "num_heads": 2, "context": 64, "depformer_dim": 32},
         "ttt": {"layers": (1, 2), "num_heads": 2},
-        "optimizer": {"learning_rate": 3e-3, "steps": 4000, "warmup_steps": 100},
+        "optimizer": {"learning_rate": 3e-3, "steps": 3000, "warmup_steps": 100},
     },
     "medium": {
         "data": {"num_frames": 1024, "batch_size": 16, "gradient_chunks": 2},
