@@ -175,7 +175,8 @@ def summary(result: Comparison) -> str:
     gaps, ends = result.gap_edges_windows, result.position_edges_s
     of_gap = [f"{a:g} to {b:g}" for a, b in itertools.pairwise(gaps)] + [f"{gaps[-1]:g} or more"]
     of_position = [f"{a:.0f} to {b:.0f} s" for a, b in itertools.pairwise(ends)]
-    parts = [_table("gap [windows]", of_gap, result.recall), _table("position", of_position, result.nll)]
+    parts = [_table(what, "gap [windows]", of_gap, curves) for what, curves in _by_respect(result.recall).items()]
+    parts += [_table(what, "position", of_position, curves) for what, curves in _by_respect(result.nll).items()]
     names = list(result.groups)
     lines = []
     for curves in _by_respect([*result.recall, *result.nll]).values():
@@ -192,11 +193,11 @@ def summary(result: Comparison) -> str:
     return "\n\n".join([*parts, "\n".join(lines)])
 
 
-def _table(first: str, names: Sequence[str], curves: Sequence[Curve]) -> str:
+def _table(what: str, by: str, names: Sequence[str], curves: Sequence[Curve]) -> str:
     shown = [i for i in range(len(names)) if any(math.isfinite(c.buckets[i].mean) for c in curves)]
     rows = [[names[i], *(_cell(c.buckets[i]) for c in curves)] for i in shown]
     rows.append(["beyond one window", *(_cell(c.beyond_window) for c in curves)])
-    return text_table([first, *(f"{c.what}, {c.group}" for c in curves)], rows)
+    return text_table([f"{what} by {by}", *(curve.group for curve in curves)], rows)
 
 
 def _cell(spread: Spread) -> str:
@@ -246,7 +247,7 @@ def nll_figure(result: Comparison) -> Figure:
             each.set_xscale("log")
             each.grid(alpha=0.3)
     axes[0, 0].set_ylabel("NLL [nats per token]")
-    axes[1, 0].set_ylabel(f"less that of {last.group} [nats per token]")
+    axes[1, 0].set_ylabel(f"NLL less that of {last.group} [nats per token]")
     axes[0, 0].legend()
     return figure
 
