@@ -303,6 +303,27 @@ class ValidationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of all processes are laid out; -1 takes those that are left.
+
+    Attributes:
+        data: Groups of devices that each hold the parameters once and train on rows of their own.
+        fsdp: Devices that share one copy of parameters and optimizer, and train on rows of their own.
+        tensor: Devices that share heads and hidden units, and train on the same rows.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        for name, size in dataclasses.asdict(self).items():
+            _require(**{name: (size == -1 or size >= 1, "at least 1, or -1 for the devices left", size)})
+        _require(mesh=(sizes.count(-1) <= 1, "at most one axis of -1", sizes))
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """A whole training run; with the dataset and `init_from` it determines the trained parameters.
 
@@ -332,6 +353,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     validation: ValidationConfig = ValidationConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         groups, rows = self.optimizer.accumulate, self.data.batch_size

@@ -1,0 +1,189 @@
+"""Where every array of a run lies on a mesh of devices, by rules on names and shapes; the models know nothing of it.
+
+The mesh has three axes. Rows of a batch, and of what they carry from chunk to chunk, are split over `data` and `fsdp`.
+Parameters and their optimizer moments are split over `tensor` by heads and hidden units, and over `fsdp` by whatever
+axis is left; `gathered` puts the `fsdp` parts together again where they are used. What no rule fits is replicated.
+The compiler makes the program for each device out of this, so a bad rule costs time, never correctness.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ttt_jax.models.moshi import MoshiConfig
+from ttt_jax.training.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = PartitionSpec(("data", "fsdp"))
+"""Of an array whose leading axis is the batch."""
+
+SMALLEST_SHARDED = 1024
+"""Parameters of fewer elements are not worth a collective of their own."""
+
+BY_COLUMN = ("in_proj", "linear_in", "text_linear", "linears", "wq", "wk", "wv", "wg", "step_size")
+BY_ROW = ("out_proj", "linear_out", "wo")
+BY_HEAD = ("inner",)
+"""Names of a parameter or of its module: `tensor` splits the last axis, the one before it, or the leading one."""
+
+WHOLE_HEADS = ("in_proj", "out_proj", "wq", "wk", "wv", "wg", "wo")
+"""Those whose split axis is made of heads, which are not cut."""
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of `config`: all devices, or the first ones when it asks for fewer and there is one process.
+
+    Raises:
+        ValueError: There are not as many devices as the mesh needs.
+    """
+    sizes = [config.data, config.fsdp, config.tensor]
+    count, known = jax.device_count(), math.prod(size for size in sizes if size > 0)
+    shape = tuple(count // known if size == -1 else size for size in sizes)
+    fits = math.prod(shape) == count or (jax.process_count() == 1 and 1 <= math.prod(shape) <= count)
+    if not fits or (-1 in sizes and count % known):
+        asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ValueError(
+            f"config.mesh: expected sizes whose product is the number of devices, {count}, got {asked}. "
+            "One of them may be -1, which takes the devices that are left."
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[: math.prod(shape)])
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Checks that every device gets as many rows as every other, in each of `accumulate` parts of the batch.
+
+    Raises:
+        ValueError: The batch size is not a multiple.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (shards * accumulate):
+        parts = f" x optimizer.accumulate = {accumulate}" if accumulate > 1 else ""
+        raise ValueError(
+            f"config.data.batch_size: expected a multiple of {shards * accumulate} "
+            f"(mesh.data x mesh.fsdp = {shards}{parts}), got {batch_size}. Change it or config.mesh."
+        )
+
+
+def parameter_spec(names: tuple[str, ...], shape: tuple[int, ...], model: MoshiConfig, mesh: Mapping[str, int]):
+    """How a parameter, or a moment of it, is split.
+
+    Args:
+        names: The dictionary keys on the way to it, such as `("layers_0", "self_attn", "in_proj")`.
+        shape: Its shape.
+        model: The model, for its numbers of heads.
+        mesh: The sizes of the mesh's axes by name.
+    """
+    axes: list[str | None] = [None] * len(shape)
+    if sum(size > 1 for size in shape) < 2:  # norms, biases, gates
+        return PartitionSpec()
+    axis = _tensor_axis(names, shape, model, mesh["tensor"])
+    if axis is not None and mesh["tensor"] > 1:
+        axes[axis] = "tensor"
+    if mesh["fsdp"] > 1 and math.prod(shape) >= SMALLEST_SHARDED:
+        free = [i for i, size in enumerate(shape) if axes[i] is None and size % mesh["fsdp"] == 0]
+        if free:
+            axes[max(free, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*axes)
+
+
+def _tensor_axis(names, shape, model: MoshiConfig, size: int) -> int | None:
+    last = names[-2:] if names[-1:] == ("kernel",) else names[-1:]
+    if any(name in names for name in BY_HEAD):
+        axis = 0
+    elif any(name in BY_COLUMN for name in last):
+        axis = len(shape) - 1
+    elif any(name in BY_ROW for name in last):
+        axis = len(shape) - 2
+    else:
+        return None
+    cut_heads = any(name in WHOLE_HEADS for name in last) and _num_heads(names, model) % size
+    return None if shape[axis] % size or cut_heads else axis
+
+
+def _num_heads(names, model: MoshiConfig) -> int:
+    if "depformer" in names:
+        return model.depformer_num_heads
+    if "ttt" in names and model.ttt is not None:
+        return model.ttt.num_heads or model.num_heads
+    return model.num_heads
+
+
+def carried_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int]) -> PartitionSpec:
+    """How a leaf of what rows carry is split: `names` as of `parameter_spec`, and the fields of its named tuples."""
+    axis = None
+    if "attention" in names and len(shape) == 4:  # keys and values [B, size, H, D]
+        axis = 2
+    elif {"weights", "gradient"} & set(names):  # fast weights [B, H, ...]
+        axis = 1
+    elif "conv_inputs" in names:  # [B, reach, width]
+        axis = 2
+    if axis is None or mesh["tensor"] == 1 or shape[axis] % mesh["tensor"]:
+        return ROWS
+    return PartitionSpec(*(*ROWS, *[None] * (axis - 1), "tensor"))
+
+
+def state_shardings(mesh: Mesh, model: MoshiConfig, state: Any) -> Any:
+    """Shardings of a `TrainState`: its `params` and `optimizer` as parameters, its `carry` by rows.
+
+    Args:
+        mesh: The mesh.
+        model: The model whose state it is.
+        state: The state, or its shapes.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def parameter(path, leaf):
+        return NamedSharding(mesh, parameter_spec(_names(path), leaf.shape, model, mesh.shape))
+
+    def carried(path, leaf):
+        return NamedSharding(mesh, carried_spec(_names(path), leaf.shape, mesh.shape))
+
+    rules: dict[str, Callable] = {"params": parameter, "optimizer": parameter, "carry": carried}
+    fields = {
+        name: jax.tree.map_with_path(rules.get(name, lambda path, leaf: replicated), value)
+        for name, value in state._asdict().items()
+    }
+    return state._replace(**fields)
+
+
+def gathered(params: Any, model: MoshiConfig) -> Any:
+    """The parameters, no longer split over `fsdp`; their gradients come back summed and are split where they are kept.
+
+    Without this the compiler may choose to split activations instead and give every device the whole batch. Does
+    nothing outside a mesh or where `fsdp` is 1.
+    """
+    mesh = jax.sharding.get_abstract_mesh().shape
+    if mesh.get("fsdp", 1) == 1:
+        return params
+
+    def gather(path, leaf):
+        spec = parameter_spec(_names(path), leaf.shape, model, mesh)
+        if "fsdp" not in spec:
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*(None if a == "fsdp" else a for a in spec)))
+
+    return jax.tree.map_with_path(gather, params)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch, ascending, that lie on this process' devices."""
+    indices = NamedSharding(mesh, ROWS).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def put_rows(mesh: Mesh, batch: Any, batch_size: int) -> Any:
+    """A pytree of NumPy arrays that hold this process' rows, as global arrays of `batch_size` rows."""
+    rows = NamedSharding(mesh, ROWS)
+
+    def put(leaf):
+        return jax.make_array_from_process_local_data(rows, np.asarray(leaf), (batch_size, *leaf.shape[1:]))
+
+    return jax.tree.map(put, batch)
+
+
+def _names(path) -> tuple[str, ...]:
+    keys = (getattr(key, "key", getattr(key, "name", None)) for key in path)
+    return tuple(key for key in keys if isinstance(key, str))
