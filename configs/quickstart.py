@@ -76,6 +76,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint = {"every_steps": 100, "every_seconds": 60.0, "keep": 2, "keep_every_steps": 0}
     config.log = {"every_steps": 5, "diagnostics_every_steps": 50, "tensorboard": True, "audio_every_steps": 0}
     config.validation = {"every_steps": 200, "num_batches": 2}
+    # One device, since a batch has one row. More rows go on more devices: data=-1 takes all of them.
+    config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
     return config
 
 

@@ -160,6 +160,6 @@ def _load_model(path: pathlib.Path) -> tuple[Any, Any]:
 
 
 def _load_arrays(path: pathlib.Path, name: str, shapes: Any) -> Any:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
     return ocp.load(str(path), abstract, checkpointable_name=name)

@@ -1,5 +1,6 @@
 import gc
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -121,8 +122,12 @@ def test_when_none_can_be_read_nothing_is_moved(tmp_path):
     assert not (tmp_path / "unreadable").exists()
 
 
-def test_the_cadence_goes_by_steps_and_seconds(tmp_path):
-    with Checkpoints(tmp_path, make_config(every_steps=3, every_seconds=0.0)) as checkpoints:
-        assert [step for step in range(1, 8) if checkpoints.is_due(step)] == [3, 6]
-    with Checkpoints(tmp_path, make_config(every_steps=1000, every_seconds=1e-9)) as checkpoints:
-        assert checkpoints.is_due(1)
+def test_a_checkpoint_is_late_after_so_many_seconds(tmp_path):
+    with Checkpoints(tmp_path, make_config(every_seconds=0.0)) as checkpoints:
+        assert not checkpoints.is_late
+    with Checkpoints(tmp_path, make_config(every_seconds=0.5)) as checkpoints:
+        assert not checkpoints.is_late
+        time.sleep(0.5)
+        assert checkpoints.is_late
+        checkpoints.save(1, make_state(1))
+        assert not checkpoints.is_late

@@ -1,4 +1,6 @@
+import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -7,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ttt_jax.config import from_mapping
-from ttt_jax.training import sharding
+from ttt_jax.data.chunks import Chunk
+from ttt_jax.training import sharding, train
 from ttt_jax.training.config import ExperimentConfig, MeshConfig
 from ttt_jax.training.step import init_state
 
@@ -73,13 +76,14 @@ def test_moments_are_split_as_their_parameters(config):
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     state = jax.eval_shape(functools.partial(init_state, config))
     shardings = sharding.state_shardings(mesh, config.model, state)
-    moments = [node for node in jax.tree.leaves(shardings.optimizer, is_leaf=lambda n: hasattr(n, "mu")) if hasattr(node, "mu")]
+    nodes = jax.tree.leaves(shardings.optimizer, is_leaf=lambda node: hasattr(node, "mu"))
+    moments = [node for node in nodes if hasattr(node, "mu")]
     assert moments
     for adam in moments:
         assert adam.mu == adam.nu == shardings.params
-    split = sum(math.prod(s.shard_shape(l.shape)) for s, l in zip(*map(jax.tree.leaves, (shardings.params, state.params)), strict=True))
-    whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert split < 0.4 * whole  # a quarter, and what is too small to be split
+    split = jax.tree.map(lambda s, leaf: math.prod(s.shard_shape(leaf.shape)), shardings.params, state.params)
+    whole = jax.tree.map(lambda leaf: leaf.size, state.params)
+    assert jax.tree.reduce(int.__add__, split) < 0.4 * jax.tree.reduce(int.__add__, whole)  # a quarter, and small ones
 
 
 @pytest.mark.parametrize(
@@ -94,7 +98,9 @@ def test_the_mesh_takes_the_devices_that_are_left(sizes, shape):
 
 @pytest.mark.parametrize("sizes", [(-1, 3, 1), (16, 1, 1), (-1, 16, 1)])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
-    with pytest.raises(ValueError, match=r"config\.mesh: expected sizes whose product is the number of devices, 8, got"):
+    with pytest.raises(
+        ValueError, match=r"config\.mesh: expected sizes whose product is the number of devices, 8, got"
+    ):
         sharding.make_mesh(MeshConfig(*sizes))
 
 
@@ -107,7 +113,9 @@ def test_a_mesh_that_means_nothing_is_refused(sizes, name):
 def test_a_batch_that_cannot_be_dealt_out_is_refused():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     sharding.check_batch_size(mesh, 8, accumulate=2)
-    with pytest.raises(ValueError, match=r"batch_size: expected a multiple of 4 \(mesh\.data x mesh\.fsdp = 4\), got 6"):
+    with pytest.raises(
+        ValueError, match=r"batch_size: expected a multiple of 4 \(mesh\.data x mesh\.fsdp = 4\), got 6"
+    ):
         sharding.check_batch_size(mesh, 6)
     with pytest.raises(ValueError, match=r"multiple of 8 .*optimizer\.accumulate = 2\), got 4"):
         sharding.check_batch_size(mesh, 4, accumulate=2)
@@ -123,3 +131,32 @@ def test_rows_are_dealt_to_data_and_fsdp_and_the_same_to_tensor():
     by_device = {shard.device.id: int(shard.data[0, 0]) for shard in array.addressable_shards}
     grid = np.vectorize(lambda device: by_device[device.id])(mesh.devices)
     np.testing.assert_array_equal(grid, np.array([[[0, 0], [4, 4]], [[8, 8], [12, 12]]]))
+
+
+def make_chunks(config: ExperimentConfig, count: int) -> list[Chunk]:
+    """Rows of random tokens, in follow mode some of them at a recording's start or end."""
+    rng = np.random.default_rng(0)
+    rows, frames = config.data.batch_size, config.data.num_frames
+    chunks = []
+    for step in range(count):
+        tokens = rng.integers(0, 20, (rows, config.model.num_streams, frames + 1)).astype(np.int32)
+        length, reset = np.full(rows, frames, np.int32), np.ones(rows, bool)
+        if config.data.mode == "follow":
+            length, reset = (
+                rng.integers(frames // 2, frames + 1, rows, np.int32),
+                rng.random(rows) < (0.3 if step else 1),
+            )
+        chunks.append(Chunk(np.where(np.arange(frames + 1) <= length[:, None, None], tokens, -1), length, reset))
+    return chunks
+
+
+def train_on(config: ExperimentConfig, workdir, sizes) -> list[dict]:
+    """The metrics of every update."""
+    config = dataclasses.replace(config, mesh=MeshConfig(*sizes))
+    train(config, workdir, make_chunks(config, config.optimizer.steps), None)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["train"] for line in lines]
+
+
+if __name__ == "__main__":
+    pass

@@ -17,6 +17,7 @@ from ttt_jax.checkpoint import (
     read_metadata,
     step_directories,
 )
+from ttt_jax.training import distributed
 from ttt_jax.training.config import CheckpointConfig, ExperimentConfig
 from ttt_jax.training.step import TrainState, all_finite
 
@@ -29,44 +30,80 @@ class NonFiniteError(RuntimeError):
 
 
 def restore_latest(workdir: pathlib.Path, abstract: TrainState) -> TrainState | None:
-    """The newest readable state of a run; None when the run has no checkpoint yet.
+    """The newest state of a run that all processes can read; None when the run has no checkpoint yet.
 
-    Damaged checkpoints newer than it are moved to `workdir`/unreadable, out of the way of the steps to come.
+    It may have been saved by another number of devices or processes. Damaged checkpoints newer than it are moved to
+    `workdir`/unreadable, out of the way of the steps to come.
 
     Args:
         workdir: The run's directory.
-        abstract: The state as `jax.ShapeDtypeStruct`s.
+        abstract: The state as `jax.ShapeDtypeStruct`s, with the shardings it is to have (default: the first device).
 
     Raises:
         ValueError: There are checkpoints but none can be read; nothing is moved.
     """
     workdir = workdir.absolute()
     root = workdir / CHECKPOINTS
-    paths = step_directories(root) if root.is_dir() else []
+    found = [int(path.name) for path in step_directories(root)] if root.is_dir() else []
+    paths = [root / str(step) for step in distributed.of_first(found)]
     if not paths:
         return None
-    readable, state = first_readable(paths, lambda path: _read(path, abstract))
-    for damaged in paths[: paths.index(readable)]:
+    readable, state = first_readable(paths, lambda path: _read_everywhere(path, abstract))
+    if distributed.is_first():
+        _move_away(paths[: paths.index(readable)], workdir, readable)
+    distributed.everywhere(True)  # None goes on before they are moved.
+    return state
+
+
+def _move_away(paths: list[pathlib.Path], workdir: pathlib.Path, readable: pathlib.Path) -> None:
+    for damaged in paths:
         target = workdir / UNREADABLE / f"{damaged.name}-{time.time_ns()}"
         target.parent.mkdir(exist_ok=True)
         damaged.rename(target)
         logging.warning("Moved %s to %s; the run goes on from step %s.", damaged, target, readable.name)
+
+
+def _read_everywhere(path: pathlib.Path, abstract: TrainState) -> TrainState:
+    """Reads a checkpoint in all processes, or raises in all of them."""
+    state, error = None, None
+    try:
+        state = _read(path, abstract)
+    except Exception as caught:  # of many types, see `first_readable`
+        error = caught
+    if not distributed.everywhere(error is None) or state is None:
+        raise error or ValueError("another process cannot read its part")
     return state
 
 
 def _read(path: pathlib.Path, abstract: TrainState) -> TrainState:
     read_metadata(path)  # What can be resumed can be loaded as a model too.
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
-    progress = _progress(placed)
+
+    def placed(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
+
+    def read(name, part):
+        return ocp.load(str(path), jax.tree.map(placed, part), checkpointable_name=name)
+
     # One after the other: when one of several fails, Orbax leaves the others' coroutines unawaited.
-    params = ocp.load(str(path), placed.params, checkpointable_name=PARAMS)
-    progress = ocp.load(str(path), progress, checkpointable_name=PROGRESS)
-    lora = ocp.load(str(path), placed.lora, checkpointable_name=LORA) if placed.lora else None
+    with _alone():
+        params = read(PARAMS, abstract.params)
+        progress = read(PROGRESS, _progress(abstract))
+        lora = read(LORA, abstract.lora) if abstract.lora else None
     state = TrainState(progress["step"], params, progress["optimizer"], progress.get("carry", ()), lora)
     if int(state.step) != int(path.name):
         raise ValueError(f"{path} holds step {int(state.step)}.")
     return state
+
+
+def _alone() -> ocp.Context:
+    """Orbax calls inside wait for no other process, of which one may fail where this one does not."""
+    context = ocp.Context()
+    process = jax.process_index()
+    context.multiprocessing.primary_host = process
+    context.multiprocessing.active_processes = {process}
+    context.multiprocessing.barrier_sync_key_prefix = f"process_{process}"
+    return context
 
 
 def _progress(state: TrainState) -> dict[str, Any]:
@@ -105,11 +142,11 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return latest.step if latest else None
 
-    def is_due(self, step: int) -> bool:
-        """Whether the cadence of the config asks for a checkpoint after update `step`."""
+    @property
+    def is_late(self) -> bool:
+        """Whether `every_seconds` went by since the last save, by this process' clock."""
         seconds = self._config.every_seconds
-        timed_out = seconds > 0 and time.monotonic() - self._saved_at_seconds >= seconds
-        return step % self._config.every_steps == 0 or timed_out
+        return seconds > 0 and time.monotonic() - self._saved_at_seconds >= seconds
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts writing `state`, the one after update `step`; waits for the write before it to end.

@@ -11,6 +11,7 @@ from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.files import write_atomically
 from ttt_jax.models.moshi import MoshiConfig
+from ttt_jax.training import distributed
 
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES = ("cosine", "linear", "constant")
@@ -20,8 +21,8 @@ GROUPS = ("base", "ttt", "gates")
 
 _DTYPE = "{}, as precision.activations sets it (leave model.dtype out)"
 
-RESUMABLE = ("checkpoint", "log", "validation")
-"""Sections that may differ when a run is resumed: they do not change the parameters."""
+RESUMABLE = ("checkpoint", "log", "validation", "mesh")
+"""Sections that may differ when a run is resumed: they do not change the parameters, `mesh` but for rounding."""
 
 
 def _require(**conditions: tuple[bool, str, Any]) -> None:
@@ -306,6 +307,8 @@ class ValidationConfig:
 class MeshConfig:
     """How the devices of all processes are laid out; -1 takes those that are left.
 
+    Runs on the same mesh are equal bit by bit; on another one sums are taken in another order.
+
     Attributes:
         data: Groups of devices that each hold the parameters once and train on rows of their own.
         fsdp: Devices that share one copy of parameters and optimizer, and train on rows of their own.
@@ -396,7 +399,7 @@ def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:
 
 
 def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
-    """Writes `config.json` into `workdir`, or checks that the one there is the same experiment.
+    """Lets the first process write `config.json` into `workdir`, or checks that the one there is the same experiment.
 
     Sections named in `RESUMABLE` may differ; the file then takes the new values. While there is no finished checkpoint
     there is nothing to go on with, and any config may take the place of the one there.
@@ -415,8 +418,9 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
                 f"--workdir={workdir} was made by another config. Differing fields (there -> now):\n  {lines}\n"
                 f"Use a new --workdir, or restore these values; only {', '.join(RESUMABLE)} may change on resume."
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(new, indent=2) + "\n")
+    if distributed.is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(new, indent=2) + "\n")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

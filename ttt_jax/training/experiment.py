@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from ttt_jax.checkpoint import has_checkpoint
@@ -15,6 +16,7 @@ from ttt_jax.data.chunks import Chunks, Crops, Stages, Walks
 from ttt_jax.data.reader import TokenDataset, open_dataset, splits
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import MoshiConfig
+from ttt_jax.training import distributed, sharding
 from ttt_jax.training.config import ExperimentConfig, Stage, claim_workdir, with_vocabulary
 from ttt_jax.training.initial import check_init_from
 from ttt_jax.training.loop import Speak, train
@@ -55,6 +57,7 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path, speaker: Speaker | No
     elif config.validation.every_steps:
         print(f"no validation: {config.data.directory} is too small to hold such a split", file=sys.stderr)
     chunks = training_chunks(config, training)
+    distributed.check_same(repr(config).encode(), "config")
     if not has_checkpoint(workdir):
         check_init_from(config)
     # Last, so that a start that fails leaves nothing behind.
@@ -65,6 +68,8 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path, speaker: Speaker | No
 def _speak(config: ExperimentConfig, speaker: Speaker | None) -> Speak | None:
     """The model going on with the longest validation recording."""
     if speaker is None or config.log.audio_every_steps == 0 or VALIDATION not in splits(config.data.directory):
+        return None
+    if jax.process_count() > 1:  # the parameters are spread over hosts
         return None
     held_out = open_dataset(config.data.directory, VALIDATION)
     codes = held_out[int(np.argmax(held_out.num_frames))].codes
@@ -86,7 +91,13 @@ def training_chunks(config: ExperimentConfig, dataset: TokenDataset) -> Chunks:
 
 
 def _chunks(config: ExperimentConfig, dataset: TokenDataset, make: Callable[..., Chunks], **options: Any) -> Chunks:
-    model = config.model
+    """Chunks of the rows that this process trains on."""
+    model, rows = config.model, config.data.batch_size
     return make(
-        dataset, batch_size=config.data.batch_size, delays=model.delays, initial=model.initial_tokens, **options
+        dataset,
+        batch_size=rows,
+        delays=model.delays,
+        initial=model.initial_tokens,
+        rows=sharding.local_rows(sharding.make_mesh(config.mesh), rows),
+        **options,
     )

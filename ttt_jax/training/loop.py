@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax.data.chunks import Chunk, Chunks
+from ttt_jax.training import distributed, sharding
 from ttt_jax.training import step as steps
 from ttt_jax.training.checkpoints import Checkpoints, NonFiniteError, restore_latest
 from ttt_jax.training.config import ExperimentConfig
@@ -35,15 +37,17 @@ def train(
 ) -> int:
     """Trains to `config.optimizer.steps` updates, going on from the newest readable checkpoint in `workdir`.
 
+    Every process of a run calls this; they work on `config.mesh` together and stop together.
+
     Policy: update i reads chunk i - 1 and nothing else but the state, so a killed run that is started again ends with
     the parameters of an undisturbed one. A checkpoint is written after the metrics up to its step.
 
     Args:
         config: The experiment.
         workdir: Gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
-        training: Chunks to train on.
+        training: Chunks to train on, of the rows that `local_rows` gives this process.
         validation: Chunks of fresh rows, whose first `config.validation.num_batches` are scored; None: there is no
-            validation, whatever the config says.
+            validation, whatever the config says. Of the same rows.
         speak: Makes what is heard in TensorBoard every `config.log.audio_every_steps`; None: nothing is.
 
     Returns:
@@ -51,37 +55,54 @@ def train(
 
     Raises:
         NonFiniteError: The loss or the parameters are not finite; names the step and the last good checkpoint.
+        ValueError: The mesh does not fit the devices, or the batch the mesh.
     """
-    functions = _Functions(config)
-    with StopRequest() as stop:
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(mesh, config.data.batch_size, config.optimizer.accumulate)
+    with jax.set_mesh(mesh), StopRequest() as stop:
+        functions = _Functions(config, mesh)
         state = restore_latest(workdir, functions.abstract_state)
         if state is None:
-            # Donated, so that there are never two copies of the parameters.
-            state = jax.jit(functools.partial(steps.init_state, config), donate_argnums=0)(read_init_from(config))
+            state = functions.init(sharding.put_parameters(mesh, config.model, read_init_from(config)))
         start = int(state.step)
         with Checkpoints(workdir, config) as checkpoints, MetricsFile(workdir / "metrics.jsonl", start) as metrics:
-            _announce(config, state)
+            _announce(config, state, mesh)
             with (
                 _board(config, workdir, start) as board,
                 _Reporter(config, metrics, board, checkpoints, start) as reporter,
             ):
-                return _updates(config, state, functions, (training, validation, speak), checkpoints, reporter, stop)
+                wishes = distributed.Wishes(mesh, stop=lambda: stop.requested, save=lambda: checkpoints.is_late)
+                return _updates(config, state, functions, (training, validation, speak), checkpoints, reporter, wishes)
 
 
 def _board(config: ExperimentConfig, workdir: pathlib.Path, start: int):
-    return TensorBoard(workdir, start) if config.log.tensorboard else contextlib.nullcontext()
+    is_written = config.log.tensorboard and distributed.is_first()
+    return TensorBoard(workdir, start) if is_written else contextlib.nullcontext()
 
 
 class _Functions:
-    """The run's compiled functions."""
+    """The run's compiled functions, from and to arrays that lie on the mesh as the rules say."""
 
-    def __init__(self, config: ExperimentConfig):
-        self.abstract_state = jax.eval_shape(functools.partial(steps.init_state, config))
-        self._diagnostics = jax.jit(functools.partial(steps.diagnostics, config))
-        self.evaluate = jax.jit(functools.partial(steps.evaluate, config))
+    def __init__(self, config: ExperimentConfig, mesh: Mesh):
+        init = functools.partial(steps.init_state, config)
+        shapes = jax.eval_shape(init)
+        state, replicated = sharding.state_shardings(mesh, config.model, shapes), NamedSharding(mesh, PartitionSpec())
+        self.abstract_state = jax.tree.map(
+            lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, state
+        )
+        # Donated, so that there are never two copies of the parameters.
+        self.init = jax.jit(init, donate_argnums=0, out_shardings=state)
+        self._diagnostics = jax.jit(functools.partial(steps.diagnostics, config), out_shardings=replicated)
+        self.evaluate = jax.jit(functools.partial(steps.evaluate, config), out_shardings=replicated)
         self._model_params = jax.jit(functools.partial(steps.model_params, config))
-        self._train_step = jax.jit(functools.partial(steps.train_step, config), donate_argnums=0)
+        update = functools.partial(steps.train_step, config)
+        self._train_step = jax.jit(update, donate_argnums=0, out_shardings=(state, replicated))
+        self._put = functools.partial(sharding.put_rows, mesh, batch_size=config.data.batch_size)
         self._updates: dict[tuple[int, ...], Any] = {}
+
+    def put(self, chunk: Chunk) -> Chunk:
+        """The whole chunk, of which this process gives the rows that lie on its devices."""
+        return self._put(chunk)
 
     def is_compiled(self, chunk: Chunk) -> bool:
         """Whether `update` is ready for a chunk of this size."""
@@ -104,13 +125,16 @@ class _Functions:
         return self._updates[chunk.tokens.shape](state, chunk)
 
 
-def _updates(config, state, functions, sources, checkpoints, reporter, stop) -> int:
+def _updates(config, state, functions, sources, checkpoints, reporter, wishes) -> int:
     training, validation, speak = sources
     last = config.optimizer.steps
     step = int(state.step)
-    while step < last and not stop.requested:
+    wish = wishes.ask()
+    while step < last and not wish.stop:
         step += 1
-        chunk = training[step - 1]
+        local = training[step - 1]
+        num_frames = int(local.length.sum()) * config.data.batch_size // len(local.length)
+        chunk = functions.put(local)
         if not functions.is_compiled(chunk):
             with reporter.pause():
                 functions.compile(chunk)
@@ -118,17 +142,19 @@ def _updates(config, state, functions, sources, checkpoints, reporter, stop) -> 
             with reporter.pause():
                 reporter.write(step, "diagnostics", functions.diagnose(state, chunk))
         state, metrics = functions.update(state, chunk)
-        reporter.push(step, metrics, int(chunk.length.sum()))
+        reporter.push(step, metrics, num_frames)
         if validation is not None and _validation_is_due(config, step):
             with reporter.pause():
                 reporter.write(step, "validation", _validate(config, functions, state, validation))
         if speak is not None and _is_multiple(step, config.log.audio_every_steps):
             with reporter.pause():
                 reporter.listen(step, *speak(functions.model_params(state)))
-        if checkpoints.is_due(step):
+        wish = wishes.ask()
+        if wish.save or _is_multiple(step, config.checkpoint.every_steps):
             with reporter.pause():
                 reporter.sync()
                 checkpoints.save(step, state)
+            wishes.forget()
     reporter.sync()
     if step > (checkpoints.latest_step or 0):
         checkpoints.save(step, state)
@@ -146,15 +172,19 @@ def _validation_is_due(config: ExperimentConfig, step: int) -> bool:
 
 def _validate(config, functions, state, chunks: Chunks) -> dict[str, Any]:
     params = functions.model_params(state)
-    scores = [functions.evaluate(params, chunks[i]) for i in range(config.validation.num_batches)]
+    scores = [functions.evaluate(params, functions.put(chunks[i])) for i in range(config.validation.num_batches)]
     return jax.tree.map(lambda *values: np.mean(jax.device_get(values), axis=0), *scores)
 
 
-def _announce(config: ExperimentConfig, state: steps.TrainState) -> None:
+def _announce(config: ExperimentConfig, state: steps.TrainState, mesh: Mesh) -> None:
+    if not distributed.is_first():
+        return
     trained = trained_part(state.params, state.lora, config.optimizer.train)
     numbers = [sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6 for tree in (trained, state.params)]
     parameters = "training {:.1f} M of {:.1f} M parameters".format(*numbers)
-    done, device = int(state.step), jax.devices()[0].device_kind
+    done = int(state.step)
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    device = f"{mesh.size} of {jax.device_count()} x {mesh.devices.flat[0].device_kind} ({axes})"
     resumed = f"resuming after step {done}" if done else "starting"
     print(f"{resumed} of {config.optimizer.steps}: {parameters} on {device}; compiling", file=sys.stderr)
 
@@ -175,7 +205,13 @@ class _Reporter:
         self._board = board
         self._checkpoints = checkpoints
         self._pending: tuple[int, dict, int] | None = None
-        self._bar = tqdm.tqdm(initial=start, total=config.optimizer.steps, unit="step", dynamic_ncols=True)
+        self._bar = tqdm.tqdm(
+            initial=start,
+            total=config.optimizer.steps,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not distributed.is_first(),
+        )
         self._frames = 0
         self._logged_at = time.perf_counter()
 

@@ -9,17 +9,20 @@ import jax
 import numpy as np
 
 from ttt_jax.files import write_atomically
+from ttt_jax.training import distributed
 
 
 class MetricsFile:
-    """Appends lines `{"step": n, kind: {...}}`; a context manager.
+    """Appends lines `{"step": n, kind: {...}}`; a context manager. Only the first process writes.
 
     Opening it for a run that goes on after update `step` drops what a killed run wrote beyond it, since those updates
     are done again.
     """
 
     def __init__(self, path: pathlib.Path, step: int):
-        if path.exists():
+        if not distributed.is_first():
+            path = pathlib.Path(os.devnull)
+        elif path.exists():
             write_atomically(path, "".join(line for line in path.read_text().splitlines(True) if _is_kept(line, step)))
         self._file = path.open("a", encoding="utf-8")
 
@@ -37,7 +40,8 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Returns when the lines are on the disk."""
-        os.fsync(self._file.fileno())
+        if distributed.is_first():
+            os.fsync(self._file.fileno())
 
 
 def _is_kept(line: str, step: int) -> bool:

@@ -6,6 +6,7 @@ axis is left; `gathered` puts the `fsdp` parts together again where they are use
 The compiler makes the program for each device out of this, so a bad rule costs time, never correctness.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -126,7 +127,7 @@ def carried_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[s
 
 
 def state_shardings(mesh: Mesh, model: MoshiConfig, state: Any) -> Any:
-    """Shardings of a `TrainState`: its `params` and `optimizer` as parameters, its `carry` by rows.
+    """Shardings of a `TrainState`: its `params`, `lora` and `optimizer` as parameters, its `carry` by rows.
 
     Args:
         mesh: The mesh.
@@ -134,19 +135,30 @@ def state_shardings(mesh: Mesh, model: MoshiConfig, state: Any) -> Any:
         state: The state, or its shapes.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
-
-    def parameter(path, leaf):
-        return NamedSharding(mesh, parameter_spec(_names(path), leaf.shape, model, mesh.shape))
+    parameter = functools.partial(_parameter_sharding, mesh, model)
 
     def carried(path, leaf):
         return NamedSharding(mesh, carried_spec(_names(path), leaf.shape, mesh.shape))
 
-    rules: dict[str, Callable] = {"params": parameter, "optimizer": parameter, "carry": carried}
+    rules: dict[str, Callable] = {"params": parameter, "optimizer": parameter, "lora": parameter, "carry": carried}
     fields = {
         name: jax.tree.map_with_path(rules.get(name, lambda path, leaf: replicated), value)
         for name, value in state._asdict().items()
     }
     return state._replace(**fields)
+
+
+def _parameter_sharding(mesh: Mesh, model: MoshiConfig, path, leaf) -> NamedSharding:
+    return NamedSharding(mesh, parameter_spec(_names(path), leaf.shape, model, mesh.shape))
+
+
+def put_parameters(mesh: Mesh, model: MoshiConfig, params: Any) -> Any:
+    """Parameters that every process has whole, laid out on the mesh; None stays None."""
+
+    def put(path, leaf):
+        return jax.device_put(np.asarray(leaf), _parameter_sharding(mesh, model, path, leaf))
+
+    return jax.tree.map_with_path(put, params)
 
 
 def gathered(params: Any, model: MoshiConfig) -> Any:

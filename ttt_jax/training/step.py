@@ -10,6 +10,7 @@ import optax
 
 from ttt_jax.data.chunks import Chunk
 from ttt_jax.models import moshi
+from ttt_jax.training import sharding
 from ttt_jax.training.config import ExperimentConfig
 from ttt_jax.training.initial import initial_parameters
 from ttt_jax.training.optimizer import make_optimizer
@@ -57,10 +58,12 @@ def train_step(config: ExperimentConfig, state: TrainState, chunk: Chunk) -> tup
             gradient, (sums, carry) = gradients(trained, *group)
             return jax.tree.map(jnp.add, accumulated, (gradient, sums)), carry
 
-        split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (chunk, state.carry))
+        # Group g is rows g, g + groups, ...: rows that lie together on a device are then in different groups, and every
+        # device has some of each.
+        split = jax.tree.map(lambda x: x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1), (chunk, state.carry))
         zeros = (jax.tree.map(jnp.zeros_like, trained), _zero_sums(config))
         (total, sums), carry = jax.lax.scan(add, zeros, split)
-        carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+        carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carry)
     updates, optimizer = make_optimizer(config.optimizer).update(total, state.optimizer, trained)
     trained: Any = optax.apply_updates(trained, updates)
     metrics = _metrics(sums) | {"gradient_norm": optax.tree.norm(total)}
@@ -80,6 +83,7 @@ def evaluate(config: ExperimentConfig, params: Any, chunk: Chunk) -> dict[str, j
 
 def diagnostics(config: ExperimentConfig, params: Any, chunk: Chunk, carry: Any = ()) -> dict[str, jax.Array]:
     """What the layers sow under "diagnostics", as `{"path/of/layer/name": scalar}`; empty for a model without TTT."""
+    params = sharding.gathered(params, config.model)
     tokens, state, length, reset = _model_input(chunk.tokens, chunk.length, chunk.reset, carry)
     _, variables = moshi.Moshi(config.model).apply(
         {"params": params}, tokens, state, length, reset, method="temporal", mutable=["diagnostics"]
@@ -98,6 +102,7 @@ def _loss(config: ExperimentConfig, params, weights, trained: Trained, chunk: Ch
 
 def _read(config: ExperimentConfig, params, chunk: Chunk, carry) -> tuple[moshi.LossSums, Any]:
     """Reads a chunk piece by piece, with the activations of one piece in memory at a time."""
+    params = sharding.gathered(params, config.model)
     pieces = config.data.gradient_chunks
     if pieces == 1 or not carry:
         return _read_piece(config, params, chunk.tokens, chunk.length, chunk.reset, carry)
