@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from ttt_jax.data.builder import TokenRecordings
 from ttt_jax.data.tokens import INFO_FILE, TokenInfo, info_to_json
 
 ROOT = pathlib.Path(__file__).parents[2]
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles sooner
 TINY = pathlib.Path(__file__).parent / "tiny.py"
 
 
@@ -33,7 +35,7 @@ class Run:
         ]
         self._environment = {
             **os.environ,
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": XLA_FLAGS,
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -71,7 +73,7 @@ class Run:
 
     def wait(self, process: subprocess.Popen, condition) -> None:
         """Returns when `condition()` holds; fails when the process ends before."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not condition():
             assert process.poll() is None, f"ended before it could be disturbed:\n{process.communicate()[0]}"
             assert time.monotonic() < deadline
@@ -134,6 +136,12 @@ def tiny_config_path() -> pathlib.Path:
 @pytest.fixture
 def new_run(dataset, tmp_path, compilation_cache) -> Run:
     return Run(dataset, tmp_path / "run", compilation_cache)
+
+
+@pytest.fixture(scope="session")
+def make_follow_run(dataset, compilation_cache) -> Callable[[pathlib.Path], Run]:
+    """A run in a given workdir."""
+    return lambda workdir: Run(dataset, workdir, compilation_cache, "follow")
 
 
 @pytest.fixture

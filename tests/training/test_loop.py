@@ -117,6 +117,7 @@ def test_the_speed_is_that_of_the_updates_alone(tmp_path):
             "optimizer": {"steps": 6, "warmup_steps": 1},
             "log": {"every_steps": 2},
             "validation": {"every_steps": 2, "num_batches": 2},
+            "mesh": {"data": 1},
         },
     )
     tokens = np.random.default_rng(0).integers(0, 20, (6, 2, 3, 25)).astype(np.int32)

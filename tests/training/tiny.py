@@ -23,5 +23,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint = {"every_steps": 7, "every_seconds": 0.0, "keep": 3}
     config.log = {"every_steps": 1, "diagnostics_every_steps": 10, "tensorboard": True, "audio_every_steps": 0}
     config.validation = {"every_steps": 25, "num_batches": 2}
-    config.mesh = {"data": 1}
+    config.mesh = {"data": 1, "fsdp": 1}
     return config

@@ -38,7 +38,7 @@ class Crops:
         num_frames: int,
         delays: Sequence[int],
         initial: Sequence[int],
-        rows: range | None = None,
+        rows: Sequence[int] | None = None,
     ):
         """Args as `Walks`'."""
         _check_positive(batch_size=batch_size)
@@ -71,7 +71,7 @@ class Walks:
         delays: Sequence[int],
         initial: Sequence[int],
         recording_frames: int | None = None,
-        rows: range | None = None,
+        rows: Sequence[int] | None = None,
     ):
         """Plans the walks; reads no recording yet.
 

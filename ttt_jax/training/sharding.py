@@ -180,10 +180,10 @@ def gathered(params: Any, model: MoshiConfig) -> Any:
     return jax.tree.map_with_path(gather, params)
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a batch, ascending, that lie on this process' devices."""
     indices = NamedSharding(mesh, ROWS).addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices])).tolist()
 
 
 def put_rows(mesh: Mesh, batch: Any, batch_size: int) -> Any:
