@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -89,14 +89,23 @@ def test_heads_are_not_cut(config):
     assert spec(("depformer", "layers_0", "linear_in"), (2, 16, 64)) == P(None, None, "tensor")
 
 
+def by_name(tree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def moments(optimizer) -> list[dict[str, Any]]:
+    """The first and second moments of all groups of parameters, by the parameters' names."""
+    nodes = jax.tree.leaves(optimizer, is_leaf=lambda node: hasattr(node, "mu"))
+    adams = [node for node in nodes if hasattr(node, "mu")]
+    named = [[by_name(getattr(adam, which)) for adam in adams] for which in ("mu", "nu")]
+    return [{name.removeprefix(".params"): leaf for group in m for name, leaf in group.items()} for m in named]
+
+
 def test_moments_are_split_as_their_parameters(config):
     _, state = on_mesh(config, (2, 2, 2))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    nodes = jax.tree.leaves(shardings.optimizer, is_leaf=lambda node: hasattr(node, "mu"))
-    moments = [node for node in nodes if hasattr(node, "mu")]
-    assert moments
-    for adam in moments:
-        assert adam.mu == adam.nu == shardings.params
+    for moment in moments(shardings.optimizer):
+        assert moment == by_name(shardings.params)
     split = jax.tree.map(lambda s, leaf: math.prod(s.shard_shape(leaf.shape)), shardings.params, state.params)
     whole = jax.tree.map(lambda leaf: leaf.size, state.params)
     assert jax.tree.reduce(int.__add__, split) < 0.4 * jax.tree.reduce(int.__add__, whole)  # a quarter, and small ones
@@ -227,16 +236,13 @@ def test_many_devices_train_as_one(trained, run):
 def test_parameters_moments_and_carried_state_lie_in_parts(trained):
     state = trained("follow", (2, 2, 2), 2).state
     layer = state.params["layers_0"]
-    nodes = jax.tree.leaves(state.optimizer, is_leaf=lambda node: hasattr(node, "mu"))
-    (adam,) = (node for node in nodes if hasattr(node, "mu"))
 
     def parts(array):
         return {shard.data.shape for shard in array.addressable_shards}
 
-    for tree in (state.params, adam.mu, adam.nu):
-        attention = tree["layers_0"]["self_attn"]
-        assert parts(attention["in_proj"]) == {(16, 48)}
-        assert parts(attention["out_proj"]) == {(16, 16)}
+    for leaves in (by_name(state.params), *moments(state.optimizer)):
+        assert parts(leaves["['layers_0']['self_attn']['in_proj']"]) == {(16, 48)}
+        assert parts(leaves["['layers_0']['self_attn']['out_proj']"]) == {(16, 16)}
     assert parts(layer["ttt"]["inner"]["w1"]) == {(2, 8, 8)}
     assert parts(state.params["out_norm"]["alpha"]) == {(32,)}
     assert parts(state.carry[0].attention.keys) == {(2, 4, 2, 8)}
