@@ -126,8 +126,9 @@ def _error_bars(axes: Axes, x, estimates, curve: recall.Curve, result: recall.Re
     mean, low, high = (np.array([getattr(e, name) for e in estimates]) for name in ("mean", "low", "high"))
     there = ~np.isnan(mean)
     spread = np.nan_to_num([mean - low, high - mean])[:, there]
-    style = {"color": COLORS[curve.memory], "label": label(curve.memory, result.curves)}
-    axes.errorbar(x[there], mean[there], yerr=np.maximum(spread, 0), marker="o", markersize=3, capsize=2, **style)
+    color, name = COLORS[curve.memory], label(curve.memory, result.curves)
+    bars = np.maximum(spread, 0)
+    axes.errorbar(x[there], mean[there], yerr=bars, marker="o", markersize=3, capsize=2, color=color, label=name)
 
 
 def streams_figure(result: NLLByPosition) -> Figure:

@@ -324,7 +324,8 @@ class _Cut:
 
     def _estimate(self, values: np.ndarray, weights: np.ndarray) -> Estimate:
         """Of `values [answers]`, each a sum over `weights [answers]` things; without weight a value does not count."""
-        sums = np.where(weights > 0, values, 0)
-        return mean_over_recordings(
-            *(np.bincount(self.recording, weights=x, minlength=self.num_recordings) for x in (sums, weights))
+        sums, counts = (
+            np.bincount(self.recording, weights=x, minlength=self.num_recordings)
+            for x in (np.where(weights > 0, values, 0), weights)
         )
+        return mean_over_recordings(sums, counts)

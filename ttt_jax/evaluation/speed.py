@@ -301,7 +301,7 @@ def _variants(config: MoshiConfig, length: int) -> Iterator[tuple[str, MoshiConf
         yield f"TTT-{'MLP' if config.ttt.kind == 'mlp' else 'Linear'} and window", config
     without = dataclasses.replace(config, ttt=None)
     yield WINDOW, without
-    yield FULL, dataclasses.replace(without, attention="window", context=length)
+    yield FULL, dataclasses.replace(without, attention="window", context=length, sinks=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
