@@ -24,6 +24,7 @@ EVENTS = [  # fact, role, speaker, start, end
     (1, "mention", "other", 3.0, 3.5),
     (1, "question", "other", 4.0, 4.2),
     (0, "question", "other", 4.25, 4.35),
+    (1, "mention", "other", 4.4, 4.5),  # after its question: not what is recalled
     (0, "answer", "main", 4.6, 4.9),
     (1, "answer", "main", 5.2, 5.8),
     (2, "question", "other", 5.8, 5.85),

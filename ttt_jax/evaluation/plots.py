@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ttt_jax.evaluation import recall
 from ttt_jax.evaluation.nll_by_position import Curve, NLLByPosition
-from ttt_jax.evaluation.speed import Speed, Throughput
+from ttt_jax.evaluation.speed import FULL, WINDOW, Speed, Throughput
 
 LABELS = {
     "carried": "TTT, state carried",
@@ -20,6 +20,7 @@ LABELS = {
     "baseline": "baseline",
 }
 COLORS = {"carried": "tab:blue", "reset": "tab:orange", "off": "tab:gray", "baseline": "tab:green"}
+THROUGHPUT_COLORS = {"TTT-Linear": "tab:blue", "TTT-MLP": "tab:purple", WINDOW: "tab:orange", FULL: "tab:gray"}
 matplotlib.use("Agg")
 
 
@@ -171,12 +172,12 @@ def speed_figure(result: Speed) -> Figure:
     memory_axes.set_ylabel("memory [MiB]")
     for axes in (time_axes, memory_axes):
         axes.set_xlabel("frame of the stream")
+        axes.set_xscale("log")
     _draw_throughput(ops_axes, result.ops)
     ops_axes.set_title("operations: forward (solid), with gradients (dashed)", fontsize="medium")
     _draw_throughput(steps_axes, result.steps)
     steps_axes.set_title("the model, forward and backward", fontsize="medium")
     for axes in (time_axes, memory_axes, ops_axes, steps_axes):
-        axes.set_xscale("log")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
@@ -184,16 +185,20 @@ def speed_figure(result: Speed) -> Figure:
 
 
 def _draw_throughput(axes: Axes, measured: list[Throughput]) -> None:
-    """Tokens per second by length, a color a name."""
-    for n, name in enumerate(dict.fromkeys(m.name for m in measured)):
+    """Tokens per second by length, a color a name, dashed with gradients."""
+    for name in dict.fromkeys(m.name for m in measured):
+        label = name
         for work, style in (("forward", "-"), ("training", "--")):
-            of_both = [m for m in measured if (m.name, m.work) == (name, work)]
-            known = any(handle.get_gid() == name for handle in axes.get_lines())
-            axes.plot(
-                [m.length for m in of_both], [m.tokens_per_s for m in of_both], style, marker="o", markersize=3,
-                color=f"C{n}", gid=name, label=None if known or not of_both else name,
-            )  # fmt: skip
+            points = [(m.length, m.tokens_per_s) for m in measured if (m.name, m.work) == (name, work)]
+            if points:
+                color = THROUGHPUT_COLORS[name.split(" and ")[0]]
+                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=color, label=label)
+                label = None  # one entry in the legend for both
+    axes.set_xscale("log")
     axes.set_yscale("log")
+    lengths = sorted({m.length for m in measured})
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.xaxis.minorticks_off()
     axes.set_xlabel("sequence length [tokens]")
     axes.set_ylabel("tokens/s")
 
