@@ -14,6 +14,7 @@ DATA = flags.DEFINE_string("data", None, "Token dataset; by default the one that
 SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset.")
 BASELINE = flags.DEFINE_string("baseline", None, "A model without TTT on the same data, beside which recall is shown.")
 MAX_FRAMES = flags.DEFINE_integer("max_frames", 100_000, "Frames of the stream that speed measures.", lower_bound=200)
+MAX_RECORDINGS = flags.DEFINE_integer("max_recordings", None, "Score only the first ones of the split.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "Directory for the results; by default the workdir or checkpoint.")
 
 
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> None:
         "output": output,
         "baseline": baseline,
         "max_frames": MAX_FRAMES.value,
+        "max_recordings": MAX_RECORDINGS.value,
     }
     print(run(model, BENCHMARK.value, **options))
 

@@ -16,11 +16,13 @@ seconds to minutes after they were told, so what lies further back can only come
 Each also comes `-without-ttt`: the same number of parameters, those of the TTT layers put into the feed-forward layers.
 """
 
+from typing import Any
+
 import ml_collections
 
 from configs import quickstart
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "small": {
         "data": {"num_frames": 512, "batch_size": 1},
         "model": {"dim": 128, "num_layers": 4, "num_heads": 2, "context": 64, "depformer_dim": 32},
@@ -50,7 +52,7 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
         raise ValueError(
             f"configs/conversations.py:{size}: expected one of {list(SIZES)}, or one of them + {WITHOUT!r}."
         )
-    config = quickstart.get_config()
+    config: Any = quickstart.get_config()
     config.data.update({"directory": "data/conversations", "mode": "follow", **SIZES[name]["data"]})
     config.model.update(SIZES[name]["model"])
     config.model.ttt.update(SIZES[name]["ttt"])
@@ -66,7 +68,7 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
     return config
 
 
-def _ttt_share(model: ml_collections.ConfigDict) -> float:
+def _ttt_share(model: Any) -> float:
     """What to add to `hidden_scale` so that the feed-forward layers take up the TTT layers' parameters."""
     head_dim = model.dim // model.ttt.num_heads
     ttt_parameters = (

@@ -29,6 +29,16 @@ def test_recordings_are_whole(small_dataset, train):
     assert (small_dataset / "wav" / "conversation-5-00001.wav").is_file()
 
 
+def test_the_first_recordings_alone(small_dataset, train):
+    one = train.first(1)
+    assert len(one) == 1
+    assert one.num_frames.tolist() == train.num_frames[:1].tolist()
+    assert one[0].id == train[0].id
+    with pytest.raises(IndexError, match="outside this split of 1 recordings"):
+        one[1]
+    assert len(train.first(100)) == len(train)
+
+
 def test_it_is_an_ordinary_tfds_dataset(small_dataset, train):
     builder = load_builder(small_dataset)
     assert isinstance(builder, tfds.core.DatasetBuilder)

@@ -32,7 +32,11 @@ class TokenDataset:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.num_frames)
+
+    def first(self, number: int) -> "TokenDataset":
+        """Its first `number` recordings, or all if there are not as many."""
+        return TokenDataset(self._source, self.info, self.num_frames[:number])
 
     def __getitem__(self, index: int) -> Recording:
         if not -len(self) <= index < len(self):

@@ -37,6 +37,7 @@ class Job:
       output: directory for the results, made when there are some.
       baseline: directory of a model to compare with, or None.
       max_frames: of speed's stream.
+      max_recordings: of the split that are scored; None scores all.
     """
 
     model: pathlib.Path
@@ -47,11 +48,18 @@ class Job:
     output: pathlib.Path
     baseline: pathlib.Path | None
     max_frames: int
+    max_recordings: int | None
 
     @functools.cached_property
     def dataset(self) -> pathlib.Path:
         """Directory of the dataset."""
         return self.data or _training_data(self.model)
+
+    @functools.cached_property
+    def held_out(self) -> TokenDataset:
+        """What is scored."""
+        recordings = open_dataset(self.dataset, self.split)
+        return recordings if self.max_recordings is None else recordings.first(self.max_recordings)
 
     def write(self, name: str, result: Any) -> None:
         """Write a benchmark's result, a dataclass, as `<name>.json`."""
@@ -68,6 +76,7 @@ def run(
     output: pathlib.Path | None,
     baseline: pathlib.Path | None = None,
     max_frames: int = 100_000,
+    max_recordings: int | None = None,
 ) -> pathlib.Path:
     """Run benchmarks on a model and write `<benchmark>.json`, plots, a wav and `report.html`.
 
@@ -79,6 +88,7 @@ def run(
       output: directory for the results, made if missing; None is `model`.
       baseline: another model on the same dataset, for recall to compare with.
       max_frames: of the stream that speed measures, and the most tokens of its sequences.
+      max_recordings: the first ones of the split are scored; None scores all.
 
     Returns:
       The report's path.
@@ -93,7 +103,7 @@ def run(
             f"--benchmark: expected names out of {', '.join(BENCHMARKS)}, got {', '.join(unknown) or 'none'}."
         )
     config, params = load(model)
-    job = Job(model, config, params, data, split, output or model, baseline, max_frames)
+    job = Job(model, config, params, data, split, output or model, baseline, max_frames, max_recordings)
     sections = [section for name in benchmarks for section in BENCHMARKS[name](job)]
     training = plots.training_figure(model / "metrics.jsonl")
     shown = [] if training is None else [Section("Training", figures={"training": training})]
@@ -103,7 +113,7 @@ def run(
 
 
 def _nll_by_position(job: Job) -> list[Section]:
-    train, held_out = open_dataset(job.dataset, "train"), open_dataset(job.dataset, job.split)
+    train, held_out = open_dataset(job.dataset, "train"), job.held_out
     validation = open_dataset(job.dataset, "validation") if "validation" in splits(job.dataset) else None
     result = nll_by_position(job.config, job.params, held_out, train, validation, split=job.split)
     job.write("nll_by_position", result)
@@ -112,10 +122,9 @@ def _nll_by_position(job: Job) -> list[Section]:
 
 
 def _recall(job: Job) -> list[Section]:
-    held_out = open_dataset(job.dataset, job.split)
     baseline = None if job.baseline is None else load(job.baseline)
     tokenizer = job.dataset / TOKENIZER_FILE
-    result = recall(job.config, job.params, held_out, tokenizer, split=job.split, baseline=baseline)
+    result = recall(job.config, job.params, job.held_out, tokenizer, split=job.split, baseline=baseline)
     job.write("recall", result)
     return recall_sections(result)
 
