@@ -1,7 +1,7 @@
 r"""Does TTT give a streaming speech model a memory beyond its attention window? Conversations full of planted facts.
 
-    python -m ttt_jax.data.conversations --hours=20 --min_minutes=4 --max_minutes=12 --facts_per_minute=2 \
-      --questions_per_fact=3 --seed=0 --output=data/conversations
+    python -m ttt_jax.data.conversations --hours=20 --min_minutes=4 --max_minutes=12 --facts_per_minute=2.5 \
+      --questions_per_fact=4 --vocab_size=2000 --seed=0 --output=data/conversations
     python train.py --config=configs/conversations.py:small --workdir=runs/small-ttt-0
     python train.py --config=configs/conversations.py:small-without-ttt --workdir=runs/small-plain-0
     python eval.py --workdir=runs/small-ttt-0 --baseline=runs/small-plain-0 --benchmark=recall,nll_by_position
@@ -28,18 +28,21 @@ SIZES: dict[str, Any] = {
         "model": {"dim": 128, "num_layers": 4, "num_heads": 2, "context": 64, "depformer_dim": 32},
         "ttt": {"layers": (1, 2), "num_heads": 2},
         "optimizer": {"learning_rate": 3e-3, "steps": 3000, "warmup_steps": 100},
+        "mesh": {"data": 1},
     },
     "medium": {
         "data": {"num_frames": 1024, "batch_size": 16, "gradient_chunks": 2},
         "model": {"dim": 640, "num_layers": 12, "num_heads": 10, "context": 250, "depformer_dim": 256},
         "ttt": {"layers": (3, 6, 9), "num_heads": 10},
         "optimizer": {"learning_rate": 1e-3, "steps": 20_000, "warmup_steps": 1000},
+        "mesh": {"data": -1},
     },
     "large": {
         "data": {"num_frames": 1024, "batch_size": 64, "gradient_chunks": 4},
         "model": {"dim": 2048, "num_layers": 20, "num_heads": 16, "context": 250, "depformer_dim": 512},
         "ttt": {"layers": (4, 9, 14, 19), "num_heads": 16},
         "optimizer": {"learning_rate": 3e-4, "steps": 50_000, "warmup_steps": 2000},
+        "mesh": {"data": 1, "fsdp": -1},
     },
 }
 WITHOUT = "-without-ttt"
@@ -57,6 +60,7 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
     config.model.update(SIZES[name]["model"])
     config.model.ttt.update(SIZES[name]["ttt"])
     config.optimizer.update(SIZES[name]["optimizer"])
+    config.mesh.update(SIZES[name]["mesh"])
     config.loss.text_padding_weight = 0.2
     config.checkpoint.update({"every_steps": 1000, "every_seconds": 600.0})
     config.log.update({"every_steps": 20, "diagnostics_every_steps": 200})
