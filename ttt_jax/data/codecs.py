@@ -47,21 +47,35 @@ class Codec2:
         encoder = self.encoder()
         return np.concatenate([encoder.push(wav), encoder.finish()], axis=1)
 
+    def decoder(self) -> "Codec2Decoder":
+        """A fresh streaming decoder for one channel."""
+        return Codec2Decoder()
+
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Decode int [8, T] -> float32 [640 T] at 8 kHz; frames with a -1 are silent."""
+        return self.decoder().push(codes)
+
+
+class Codec2Decoder:
+    """Decodes one channel block by block; any split into blocks gives the same samples."""
+
+    def __init__(self):
+        self._codec = _import_pycodec2().Codec2(700)  # type: ignore[attr-defined]
+
+    def push(self, codes: np.ndarray) -> np.ndarray:
+        """Take int [8, T] and return float32 [640 T] at 8 kHz; frames with a -1 are silent."""
         codes = np.asarray(codes)
         limits = np.tile(_MASKS.astype(np.int64), _SUBFRAMES)[:, None]
-        if codes.ndim != 2 or codes.shape[0] != self.num_codebooks or not np.issubdtype(codes.dtype, np.integer):
-            raise ValueError(f"codes: expected integers [{self.num_codebooks}, T], got {codes.dtype} {codes.shape}")
+        if codes.ndim != 2 or codes.shape[0] != Codec2.num_codebooks or not np.issubdtype(codes.dtype, np.integer):
+            raise ValueError(f"codes: expected integers [{Codec2.num_codebooks}, T], got {codes.dtype} {codes.shape}")
         missing = (codes == -1).any(axis=0)
         codes = np.where(missing, 0, codes)
         # A model's softmax spans `card`, wider than the energy and pitch fields: nearest value that exists.
         fields = np.clip(codes, 0, limits).T.reshape(-1, len(_FIELD_BITS)).astype(np.uint32)
         packed = np.bitwise_or.reduce(fields << _SHIFTS, axis=1).astype(">u4").tobytes()
-        decoder = _import_pycodec2().Codec2(700)  # type: ignore[attr-defined]
-        samples = [decoder.decode(packed[i : i + 4]) for i in range(0, len(packed), 4)]
+        samples = [self._codec.decode(packed[i : i + 4]) for i in range(0, len(packed), 4)]
         wav = np.concatenate(samples).astype(np.float32) / 32768 if samples else np.zeros(0, np.float32)
-        return np.where(np.repeat(missing, self.frame_samples), np.float32(0), wav)
+        return np.where(np.repeat(missing, Codec2.frame_samples), np.float32(0), wav)
 
 
 class Codec2Encoder:

@@ -20,6 +20,7 @@ from ttt_jax.evaluation.scoring import MEMORIES, Codes, check_streams, score_rec
 from ttt_jax.evaluation.statistics import Estimate, mean_over_recordings, position_edges
 from ttt_jax.models.moshi import MoshiConfig
 
+DECODED_FRAMES = 1000
 SILENCE_DB = -30.0
 """A frame is silent when its level is this far below the recording's loud frames (95th percentile)."""
 
@@ -155,8 +156,12 @@ def silent_frames(codes: np.ndarray, dataset: TokenDataset) -> np.ndarray:
     frames = own.shape[1]
     if not frames or (own < 0).all():
         return np.ones(frames, bool)
-    wav = get_codec(info.codec).decode(np.maximum(own, 0))
-    power = np.mean(np.square(wav.reshape(frames, -1), dtype=np.float64), axis=1)
+    codec = get_codec(info.codec)
+    decoder, parts = codec.decoder(), []
+    for start in range(0, frames, DECODED_FRAMES):  # hours of samples at once would be gigabytes
+        wav = decoder.push(np.maximum(own[:, start : start + DECODED_FRAMES], 0))
+        parts.append(np.square(wav.reshape(-1, codec.frame_samples), dtype=np.float64).mean(axis=1))
+    power = np.concatenate(parts)
     loud = np.quantile(power, 0.95)
     return power <= loud * 10 ** (SILENCE_DB / 10)
 
