@@ -115,6 +115,7 @@ def test_what_does_not_fit_is_listed(plain, tmp_path):
 def test_a_start_from_what_does_not_fit_leaves_nothing_behind(plain, dataset, tmp_path):
     mapping = {
         "data": {"directory": str(dataset), "num_frames": 8},
+        "mesh": {"data": 1},
         "model": {"dim": 32, "num_layers": 1, "num_heads": 2, "delays": (0,) * 17},
         "init_from": str(plain[0]),
     }

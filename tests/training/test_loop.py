@@ -66,6 +66,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(mapp
     assert max(steps) == 50
 
 
+def test_a_batch_that_does_not_fit_the_mesh_is_refused(mapping, tmp_path):
+    mapping["mesh"] = {"data": 8}
+    with pytest.raises(ValueError, match=r"config\.data\.batch_size: expected a multiple of 8 .*, got 2"):
+        run(mapping, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dataset_of_other_codebooks_is_refused(mapping, tmp_path):
     mapping["model"]["card"] = 2048
     with pytest.raises(ValueError, match=r"config\.model\.card: the dataset has 20, the config says 2048"):

@@ -38,6 +38,7 @@ def make(init_from, **optimizer) -> ExperimentConfig:
     }
     mapping = {
         "data": {"directory": "", "num_frames": 8, "batch_size": 2},
+        "mesh": {"data": 1},
         "model": model,
         "init_from": str(init_from),
         "optimizer": {"learning_rate": 1e-2, "steps": 6, "warmup_steps": 0, "train": "lora", **optimizer},

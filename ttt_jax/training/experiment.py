@@ -50,6 +50,7 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path, speaker: Speaker | No
     training = open_dataset(config.data.directory, "train")
     model = with_vocabulary(mapping.get("model", {}), training.info)
     config = dataclasses.replace(config, model=model)
+    sharding.check_batch_size(sharding.make_mesh(config.mesh), config.data.batch_size, config.optimizer.accumulate)
     validation = None
     if config.validation.every_steps and VALIDATION in splits(config.data.directory):
         held_out = open_dataset(config.data.directory, VALIDATION)
