@@ -9,7 +9,7 @@ r"""Does TTT give a streaming speech model a memory beyond its attention window?
 Every row walks through whole recordings with its state carried. Attention sees 64 frames (5 s), and facts are asked for
 seconds to minutes after they were told, so what lies further back can only come from the TTT state. The sizes:
 
-- small: 2.6 M parameters; about 15 minutes on 2 cores. The README shows what came out.
+- small: 2.7 M parameters; 15 minutes on 2 cores, two runs at a time. Learns to speak, not to recall: see the README.
 - medium: 82 M, attention over 20 s; meant for one GPU and hundreds of hours of conversation. Not run yet.
 - large: 1.2 B, attention over 20 s; meant for 8 GPUs. Not run yet.
 

@@ -76,13 +76,14 @@ def score_recordings(
     check_at_least_one(chunk_frames=chunk_frames, batch_size=batch_size)
     params = with_memory(params, memory)
     lengths = [recordings[i].shape[1] for i in range(len(recordings))]
+    rows = min(batch_size, max(len(lengths), 1))  # none is walked for nothing
     by_length = np.argsort(lengths, kind="stable")[::-1]  # rows of one group end at about the same time
     scores: list[np.ndarray] = [np.zeros((1 + config.dep_q, 0), np.float32)] * len(lengths)
-    for start in range(0, len(lengths), batch_size):
-        group = by_length[start : start + batch_size]
+    for start in range(0, len(lengths), rows):
+        group = by_length[start : start + rows]
         codes = [recordings[i] for i in group]
-        parts = [np.zeros((batch_size, 1 + config.dep_q, 0), np.float32)]  # all there is of empty recordings
-        parts += _score_group(config, params, codes, batch_size, chunk_frames, memory == "reset", progress)
+        parts = [np.zeros((rows, 1 + config.dep_q, 0), np.float32)]  # all there is of empty recordings
+        parts += _score_group(config, params, codes, rows, chunk_frames, memory == "reset", progress)
         for row, index in enumerate(group):
             joined = np.concatenate([part[row] for part in parts], axis=-1)
             scores[index] = _undelayed(config, joined, recordings[index])
