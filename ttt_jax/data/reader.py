@@ -23,7 +23,7 @@ class TokenDataset:
         num_frames: int64 [len(self)], each recording's length.
     """
 
-    def __init__(self, source, info: TokenInfo, num_frames: Sequence[int]):
+    def __init__(self, source, info: TokenInfo, num_frames: Sequence[int] | np.ndarray):
         self._source = source
         self.info = info
         self.num_frames = np.asarray(num_frames, np.int64)
