@@ -14,7 +14,7 @@ import numpy as np
 
 from ttt_jax.data.reader import TokenDataset
 from ttt_jax.data.tokens import TokenInfo
-from ttt_jax.models.moshi import Moshi, MoshiConfig, delay, init_state, token_nll
+from ttt_jax.models.moshi import Moshi, MoshiConfig, delayed_positions, init_state, token_nll
 
 MEMORIES = ("carried", "reset", "off")
 """What becomes of the TTT state: carried through the recording, reset at every chunk, or TTT switched off."""
@@ -166,8 +166,8 @@ def forget_ttt(config: MoshiConfig, params, state):
 
 def delayed_tokens(config: MoshiConfig, codes: np.ndarray) -> np.ndarray:
     """Delayed tokens [K, T + max_delay + 1], long enough for the last frame of the latest stream to be predicted."""
-    padded = np.pad(codes, ((0, 0), (0, config.max_delay)), constant_values=-1)
-    return np.asarray(delay(jnp.asarray(padded[None]), config.delays, config.initial_tokens)[0])
+    num_positions = codes.shape[1] + config.max_delay + 1
+    return delayed_positions(codes, 0, num_positions, config.delays, config.initial_tokens)
 
 
 def _undelayed(config: MoshiConfig, nll: np.ndarray, codes: np.ndarray) -> np.ndarray:
