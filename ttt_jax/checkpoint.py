@@ -1,6 +1,7 @@
 """Model checkpoints: an Orbax directory with the parameters as "params" and the model's config in its metadata.
 
-Those of a run that trains low-rank factors hold them apart, as "lora"; `load` merges them into the parameters.
+Converted ones hold them as "state", the name that Orbax gives what is written bit by bit. Those of a run that trains
+low-rank factors hold these apart, as "lora"; `load` merges them into the parameters.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from ttt_jax.config import from_mapping
 from ttt_jax.models.moshi import MoshiConfig, lora
 
 PARAMS = "params"
+CONVERTED = "state"
 LORA = "lora"
 CHECKPOINTS = "checkpoints"
 MODELS = {"moshi": MoshiConfig}
@@ -25,6 +27,7 @@ class ModelMetadata(NamedTuple):
     """What a checkpoint's metadata says of its model."""
 
     config: Any
+    name: str  # of the parameters in the checkpoint, "params" or "state"
     params: Any  # shape and dtype of each parameter, in its place
     lora: Any  # the same for low-rank factors that belong to them, None without
     lora_scaling: float
@@ -91,7 +94,7 @@ def _read_newest[T](directory: str | pathlib.Path, read: Callable[[pathlib.Path]
         if not paths:
             raise FileNotFoundError(f"{directory} holds no finished checkpoint yet; run train.py until it saves one.")
         return first_readable(paths, read)[1]
-    if not (directory / PARAMS).is_dir():
+    if not any((directory / name).is_dir() for name in (PARAMS, CONVERTED)):
         raise FileNotFoundError(f"{directory} is neither a workdir of train.py nor a checkpoint.")
     return first_readable([directory], read)[1]
 
@@ -106,13 +109,13 @@ def read_metadata(path: pathlib.Path) -> ModelMetadata:
     saved: Any = metadata.custom_metadata
     if not isinstance(saved, dict) or saved.get("model") not in MODELS:
         raise ValueError(f"{path}: its metadata names none of the models {list(MODELS)}.")
-    for name in (PARAMS, LORA) if LORA in saved else (PARAMS,):
+    params = CONVERTED if CONVERTED in metadata.metadata else PARAMS
+    for name in (params, LORA) if LORA in saved else (params,):
         if metadata.metadata.get(name) is None:
             raise ValueError(f"{path}: the metadata of its {name} cannot be read.")
     config = from_mapping(MODELS[saved["model"]], saved["config"], f"{path.name}.config")
-    if LORA not in saved:
-        return ModelMetadata(config, metadata.metadata[PARAMS], None, 1.0)
-    return ModelMetadata(config, metadata.metadata[PARAMS], metadata.metadata[LORA], saved[LORA]["scaling"])
+    factors, scaling = (metadata.metadata[LORA], saved[LORA]["scaling"]) if LORA in saved else (None, 1.0)
+    return ModelMetadata(config, params, metadata.metadata[params], factors, scaling)
 
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:
@@ -151,7 +154,7 @@ def _first_line(error: Exception) -> str:
 
 def _load_model(path: pathlib.Path) -> tuple[Any, Any]:
     metadata = read_metadata(path)
-    params = _load_arrays(path, PARAMS, metadata.params)
+    params = _load_arrays(path, metadata.name, metadata.params)
     if metadata.lora:
         factors = _load_arrays(path, LORA, metadata.lora)
         # Donated, so that there are never two copies of the parameters.
