@@ -1,18 +1,14 @@
-"""Kyutai's Moshi checkpoints (fused legacy names and current ones) to this library's parameter tree."""
+"""Kyutai's Moshi checkpoints and this library's parameter tree: the table between them, and their two namings."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
-from ttt_jax.convert.checks import check_tensors
+from ttt_jax.convert.table import Rule, Table, Tensors, make_params
 from ttt_jax.layers.mlp import gated_hidden_size
 from ttt_jax.models.moshi.config import MoshiConfig
-
-Tensors = Mapping[str, Any]
-Expected = dict[str, tuple[int, ...]]
 
 
 def moshi_params(config: MoshiConfig, tensors: Tensors) -> dict[str, Any]:
@@ -31,116 +27,90 @@ def moshi_params(config: MoshiConfig, tensors: Tensors) -> dict[str, Any]:
     """
     if config.ttt is not None:
         raise ValueError("config.ttt must be None: convert without TTT, then insert it into the parameter tree")
-    tensors = _split_fused(config, tensors)
-    check_tensors(_expected_shapes(config), tensors)
-
-    def take(name: str) -> np.ndarray:
-        return np.asarray(tensors[name], dtype=np.float32)
-
-    params: dict[str, Any] = {
-        "text_emb": take("text_emb.weight"),
-        "emb": np.stack([take(f"emb.{k}.weight") for k in range(config.n_q)]),
-        "out_norm": {"alpha": take("out_norm.alpha").reshape(-1)},
-        "text_linear": take("text_linear.weight").T,
-        "depformer": _depformer(config, take),
-    }
-    for i in range(config.num_layers):
-        params[f"layers_{i}"] = _temporal_layer(f"transformer.layers.{i}", take)
-    return jax.tree.map(np.ascontiguousarray, params)
+    table = moshi_table(config)
+    return make_params(table, split_fused(table, tensors), np.float32)
 
 
-def _temporal_layer(name: str, take: Callable[[str], np.ndarray]) -> dict[str, Any]:
-    return {
-        "norm1": {"alpha": take(f"{name}.norm1.alpha").reshape(-1)},
-        "self_attn": {
-            "in_proj": take(f"{name}.self_attn.in_projs.0.weight").T,
-            "out_proj": take(f"{name}.self_attn.out_projs.0.weight").T,
-        },
-        "norm2": {"alpha": take(f"{name}.norm2.alpha").reshape(-1)},
-        "gating": {
-            "linear_in": take(f"{name}.gating.linear_in.weight").T,
-            "linear_out": take(f"{name}.gating.linear_out.weight").T,
-        },
-    }
-
-
-def _depformer(config: MoshiConfig, take: Callable[[str], np.ndarray]) -> dict[str, Any]:
-    sets = max(config.depth_schedule) + 1
-
-    def kernels(pattern: str, count: int) -> np.ndarray:
-        return np.stack([take(pattern.format(i)).T for i in range(count)])
-
-    params: dict[str, Any] = {
-        "depformer_in": kernels("depformer_in.{}.weight", sets),
-        "depformer_text_emb": take("depformer_text_emb.weight"),
-        "linears": kernels("linears.{}.weight", config.dep_q),
-    }
-    if config.dep_q > 1:
-        params["depformer_emb"] = np.stack([take(f"depformer_emb.{k}.weight") for k in range(config.dep_q - 1)])
-    for i in range(config.depformer_num_layers):
-        name = f"depformer.layers.{i}"
-        params[f"layers_{i}"] = {
-            "norm1": {"alpha": take(f"{name}.norm1.alpha").reshape(-1)},
-            "in_proj": kernels(name + ".self_attn.in_projs.{}.weight", sets),
-            "out_proj": kernels(name + ".self_attn.out_projs.{}.weight", sets),
-            "norm2": {"alpha": take(f"{name}.norm2.alpha").reshape(-1)},
-            "linear_in": kernels(name + ".gating.{}.linear_in.weight", sets),
-            "linear_out": kernels(name + ".gating.{}.linear_out.weight", sets),
-        }
-    return params
-
-
-_FUSED = re.compile(
-    r"(?P<layer>(?P<stack>transformer|depformer)\.layers\.\d+\.self_attn)\.(?P<part>in|out)_proj[._]weight"
-)
-
-
-def _split_fused(config: MoshiConfig, tensors: Tensors) -> dict[str, Any]:
-    """Legacy fused projections under their current per-step names; blocks are equal parts of the first axis."""
-    current = {}
-    for name, tensor in tensors.items():
-        match = _FUSED.fullmatch(name)
-        blocks = 1 if match is None or match["stack"] == "transformer" else max(config.depth_schedule) + 1
-        if match is None or not tensor.shape or tensor.shape[0] % blocks:
-            current[name] = tensor
-            continue
-        rows = tensor.shape[0] // blocks
-        for i in range(blocks):
-            target = f"{match['layer']}.{match['part']}_projs.{i}.weight"
-            if target in tensors:
-                raise ValueError(f"both {name} and {target} are there, expected one of the two namings")
-            current[target] = tensor[i * rows : (i + 1) * rows]
-    return current
-
-
-def _expected_shapes(config: MoshiConfig) -> Expected:
+def moshi_table(config: MoshiConfig) -> Table:
+    """Every parameter of `Moshi(config)` without TTT, by the current names of Kyutai's code."""
     c = config
-    shapes: Expected = {
-        "text_emb.weight": (c.text_card + 1, c.dim),
-        "out_norm.alpha": (1, 1, c.dim),
-        "text_linear.weight": (c.text_card, c.dim),
-        "depformer_text_emb.weight": (c.text_card + 1, c.depformer_dim),
-    }
-    shapes |= {f"emb.{k}.weight": (c.card + 1, c.dim) for k in range(c.n_q)}
-    shapes |= {f"depformer_emb.{k}.weight": (c.card + 1, c.depformer_dim) for k in range(c.dep_q - 1)}
-    shapes |= {f"linears.{k}.weight": (c.card, c.depformer_dim) for k in range(c.dep_q)}
-    sets = range(max(c.depth_schedule) + 1)
-    shapes |= {f"depformer_in.{i}.weight": (c.depformer_dim, c.dim) for i in sets}
+    rules = [
+        Rule("text_emb", ("text_emb.weight",), (c.text_card + 1, c.dim)),
+        _stacked("emb", "emb.{}.weight", c.n_q, (c.card + 1, c.dim), transpose=False),
+        Rule("out_norm/alpha", ("out_norm.alpha",), (1, 1, c.dim), squeeze=True),
+        Rule("text_linear", ("text_linear.weight",), (c.text_card, c.dim), transpose=True),
+    ]
     hidden = gated_hidden_size(c.dim, int(c.hidden_scale * c.dim))
     for i in range(c.num_layers):
-        shapes |= _layer_shapes(f"transformer.layers.{i}", c.dim, hidden, [0], ["gating"])
-    feedforward = c.depformer_dim_feedforward or int(c.hidden_scale * c.depformer_dim)
-    hidden = gated_hidden_size(c.depformer_dim, feedforward)
+        rules += _temporal_layer(f"layers_{i}", f"transformer.layers.{i}", c.dim, hidden)
+    return Table((*rules, *_depth_rules(c)))
+
+
+def _depth_rules(c: MoshiConfig) -> Iterable[Rule]:
+    sets, dim = max(c.depth_schedule) + 1, c.depformer_dim
+    yield Rule("depformer/depformer_text_emb", ("depformer_text_emb.weight",), (c.text_card + 1, dim))
+    if c.dep_q > 1:
+        shape = (c.card + 1, dim)
+        yield _stacked("depformer/depformer_emb", "depformer_emb.{}.weight", c.dep_q - 1, shape, transpose=False)
+    yield _stacked("depformer/depformer_in", "depformer_in.{}.weight", sets, (dim, c.dim))
+    yield _stacked("depformer/linears", "linears.{}.weight", c.dep_q, (c.card, dim))
+    hidden = gated_hidden_size(dim, c.depformer_dim_feedforward or int(c.hidden_scale * dim))
     for i in range(c.depformer_num_layers):
-        gatings = [f"gating.{step}" for step in sets]
-        shapes |= _layer_shapes(f"depformer.layers.{i}", c.depformer_dim, hidden, list(sets), gatings)
-    return shapes
+        path, name = f"depformer/layers_{i}", f"depformer.layers.{i}"
+        yield from _norms(path, name, dim)
+        yield _stacked(f"{path}/in_proj", name + ".self_attn.in_projs.{}.weight", sets, (3 * dim, dim))
+        yield _stacked(f"{path}/out_proj", name + ".self_attn.out_projs.{}.weight", sets, (dim, dim))
+        yield _stacked(f"{path}/linear_in", name + ".gating.{}.linear_in.weight", sets, (2 * hidden, dim))
+        yield _stacked(f"{path}/linear_out", name + ".gating.{}.linear_out.weight", sets, (dim, hidden))
 
 
-def _layer_shapes(name: str, dim: int, hidden: int, steps: list[int], gatings: list[str]) -> Expected:
-    shapes: Expected = {f"{name}.norm{i}.alpha": (1, 1, dim) for i in (1, 2)}
-    shapes |= {f"{name}.self_attn.in_projs.{i}.weight": (3 * dim, dim) for i in steps}
-    shapes |= {f"{name}.self_attn.out_projs.{i}.weight": (dim, dim) for i in steps}
-    shapes |= {f"{name}.{gating}.linear_in.weight": (2 * hidden, dim) for gating in gatings}
-    shapes |= {f"{name}.{gating}.linear_out.weight": (dim, hidden) for gating in gatings}
-    return shapes
+def _temporal_layer(path: str, name: str, dim: int, hidden: int) -> Iterable[Rule]:
+    yield from _norms(path, name, dim)
+    yield _kernel(f"{path}/self_attn/in_proj", f"{name}.self_attn.in_projs.0.weight", (3 * dim, dim))
+    yield _kernel(f"{path}/self_attn/out_proj", f"{name}.self_attn.out_projs.0.weight", (dim, dim))
+    yield _kernel(f"{path}/gating/linear_in", f"{name}.gating.linear_in.weight", (2 * hidden, dim))
+    yield _kernel(f"{path}/gating/linear_out", f"{name}.gating.linear_out.weight", (dim, hidden))
+
+
+def _norms(path: str, name: str, dim: int) -> Iterable[Rule]:
+    for norm in ("norm1", "norm2"):
+        yield Rule(f"{path}/{norm}/alpha", (f"{name}.{norm}.alpha",), (1, 1, dim), squeeze=True)
+
+
+def _kernel(path: str, name: str, shape: tuple[int, int]) -> Rule:
+    return Rule(path, (name,), shape, transpose=True)
+
+
+def _stacked(path: str, pattern: str, count: int, shape: tuple[int, int], *, transpose: bool = True) -> Rule:
+    return Rule(path, tuple(pattern.format(i) for i in range(count)), shape, transpose=transpose, stack=True)
+
+
+_PROJECTION = re.compile(r"(?P<module>.+\.self_attn)\.(?P<part>in|out)_projs\.\d+\.weight")
+
+
+def fused_name(rule: Rule) -> str | None:
+    """The one tensor that holds the leaf in released files, its blocks after each other; None where there is none."""
+    match = _PROJECTION.fullmatch(rule.names[0])
+    if match is None:
+        return None
+    return f"{match['module']}.in_proj_weight" if match["part"] == "in" else f"{match['module']}.out_proj.weight"
+
+
+def split_fused(table: Table, tensors: Tensors) -> dict[str, Any]:
+    """The tensors with the released files' fused projections under the current names.
+
+    Raises:
+        ValueError: A projection is there under both.
+    """
+    current = dict(tensors)
+    for rule in table.rules:
+        fused = fused_name(rule)
+        if fused not in current or not current[fused].shape or current[fused].shape[0] % len(rule.names):
+            continue
+        tensor = current.pop(fused)
+        rows = tensor.shape[0] // len(rule.names)
+        for i, name in enumerate(rule.names):
+            if name in current:
+                raise ValueError(f"both {fused} and {name} are there, expected one of the two namings")
+            current[name] = tensor[i * rows : (i + 1) * rows]
+    return current
