@@ -5,13 +5,17 @@ low-rank factors hold these apart, as "lora"; `load` merges them into the parame
 """
 
 import dataclasses
+import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ttt_jax.config import from_mapping
 from ttt_jax.models.moshi import MoshiConfig, lora
@@ -61,6 +65,60 @@ def save_model(directory: str | pathlib.Path, config: Any, params: Any) -> None:
         raise FileExistsError(f"{directory} exists; choose another directory or remove it first.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     ocp.save_checkpointables(str(directory), {PARAMS: params}, custom_metadata=model_metadata(config))
+
+
+GROUP_BYTES = 2**28
+"""About what `save_leaves` holds in memory, unless a single leaf is larger."""
+
+CHUNK_BYTES = 2**26
+"""What converted checkpoints are stored in, so that a device reads little more than its part of a parameter."""
+
+
+def save_leaves(
+    directory: str | pathlib.Path, config: Any, leaves: Iterable[tuple[str, np.ndarray]], **metadata: Any
+) -> None:
+    """Writes a model that `load` reads as its parameters come, a few in memory at a time.
+
+    The directory appears whole, at the end, or not at all; what a killed call left (`DIRECTORY.partial`) is removed.
+
+    Args:
+        directory: Must not exist yet.
+        config: The model's config.
+        leaves: Path, such as "layers_0/gate", and parameter.
+        **metadata: Further entries of the checkpoint's metadata, JSON-serializable.
+
+    Raises:
+        FileExistsError: `directory` exists.
+    """
+    directory = pathlib.Path(directory).absolute()
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists; choose another directory or remove it first.")
+    staging = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    options = ocp.options.ArrayOptions()
+    options.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    whole, metadata = staging / directory.name, model_metadata(config) | metadata
+    try:
+        with ocp.Context(array_options=options):
+            for group in _groups(leaves):
+                ocp.partial.save(str(whole), unflatten_dict(group, sep="/"), custom_metadata=metadata)
+            ocp.partial.finalize(str(whole))
+        os.rename(whole, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _groups(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterable[dict[str, np.ndarray]]:
+    group, size = {}, 0
+    for path, leaf in leaves:
+        if group and size + leaf.nbytes > GROUP_BYTES:
+            yield group
+            group, size = {}, 0
+        group[path] = leaf
+        size += leaf.nbytes
+        del leaf  # else it would stay until the next one is made
+    yield group
 
 
 def load(directory: str | pathlib.Path) -> tuple[Any, Any]:
@@ -160,6 +218,44 @@ def _load_model(path: pathlib.Path) -> tuple[Any, Any]:
         # Donated, so that there are never two copies of the parameters.
         params = jax.jit(lora.merge, static_argnums=2, donate_argnums=0)(params, factors, metadata.lora_scaling)
     return metadata.config, params
+
+
+class Leaves:
+    """The parameters that `load` would give, read one at a time as NumPy arrays.
+
+    Attributes:
+        config: The model's config.
+        shapes: Path, such as "layers_0/gate", to what has the `shape` and `dtype` of the parameter.
+        metadata: All that the checkpoint's metadata says.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        saved = read_metadata(path)
+        self.config = saved.config
+        self.shapes: dict[str, Any] = flatten_dict(saved.params, sep="/")
+        self.metadata: dict[str, Any] = ocp.checkpointables_metadata(str(path)).custom_metadata or {}  # pyright: ignore
+        self._path, self._name, self._scaling = path, saved.name, saved.lora_scaling
+        self._factors: dict[str, Any] = flatten_dict(saved.lora or {}, sep="/")
+
+    def read(self, path: str) -> np.ndarray:
+        """One parameter, low-rank factors merged."""
+        leaf = self._read(self._name, self.shapes, path)
+        if f"{path}/A" not in self._factors:
+            return leaf
+        factors = {name: self._read(LORA, self._factors, f"{path}/{name}") for name in lora.FACTORS}
+        return np.asarray(lora.merge({"kernel": leaf}, {"kernel": factors}, self._scaling)["kernel"])
+
+    def _read(self, name: str, shapes: dict[str, Any], path: str) -> np.ndarray:
+        wanted = {other: ocp.PLACEHOLDER for other in shapes}
+        shape = shapes[path]
+        wanted[path] = np.broadcast_to(np.zeros((), shape.dtype), shape.shape)  # says: NumPy, this shape and dtype
+        loaded: Any = ocp.load(str(self._path), unflatten_dict(wanted, sep="/"), checkpointable_name=name)
+        return flatten_dict(loaded, sep="/")[path]
+
+
+def open_leaves(directory: str | pathlib.Path) -> Leaves:
+    """Opens a model to read its parameters one at a time; arguments and errors are those of `load`."""
+    return _read_newest(directory, Leaves)
 
 
 def _load_arrays(path: pathlib.Path, name: str, shapes: Any) -> Any:

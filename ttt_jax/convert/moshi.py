@@ -37,7 +37,7 @@ def moshi_table(config: MoshiConfig) -> Table:
     rules = [
         Rule("text_emb", ("text_emb.weight",), (c.text_card + 1, c.dim)),
         _stacked("emb", "emb.{}.weight", c.n_q, (c.card + 1, c.dim), transpose=False),
-        Rule("out_norm/alpha", ("out_norm.alpha",), (1, 1, c.dim), squeeze=True),
+        Rule("out_norm/alpha", ("out_norm.alpha",), (1, 1, c.dim), view=(c.dim,)),
         Rule("text_linear", ("text_linear.weight",), (c.text_card, c.dim), transpose=True),
     ]
     hidden = gated_hidden_size(c.dim, int(c.hidden_scale * c.dim))
@@ -74,7 +74,7 @@ def _temporal_layer(path: str, name: str, dim: int, hidden: int) -> Iterable[Rul
 
 def _norms(path: str, name: str, dim: int) -> Iterable[Rule]:
     for norm in ("norm1", "norm2"):
-        yield Rule(f"{path}/{norm}/alpha", (f"{name}.{norm}.alpha",), (1, 1, dim), squeeze=True)
+        yield Rule(f"{path}/{norm}/alpha", (f"{name}.{norm}.alpha",), (1, 1, dim), view=(dim,))
 
 
 def _kernel(path: str, name: str, shape: tuple[int, int]) -> Rule:

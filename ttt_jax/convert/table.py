@@ -22,14 +22,14 @@ class Rule(NamedTuple):
     path: str  # of the leaf, "layers_0/self_attn/in_proj"
     names: tuple[str, ...]  # of the tensors
     shape: tuple[int, ...]  # of each of them
-    squeeze: bool = False  # axes of size 1 are left out of the leaf
-    transpose: bool = False  # a matrix (after squeezing) is stored the other way round
+    view: tuple[int, ...] | None = None  # the shape without axes of size 1 that the leaf does not have
+    transpose: bool = False  # the leaf has the axes in the opposite order
     stack: bool = False  # the tensors lie along a new leading axis; else there is only one
 
     @property
     def part_shape(self) -> tuple[int, ...]:
         """What one tensor is in the leaf."""
-        shape = tuple(size for size in self.shape if size != 1) if self.squeeze else self.shape
+        shape = self.shape if self.view is None else self.view
         return shape[::-1] if self.transpose else shape
 
     @property
@@ -62,8 +62,8 @@ def assemble(rule: Rule, tensors: Tensors, dtype: Any = None) -> np.ndarray:
     leaf = np.empty(rule.leaf_shape, leaf_dtype(rule, tensors) if dtype is None else dtype)
     for i, name in enumerate(rule.names):
         part = leaf[i] if rule.stack else leaf
-        squeezed = np.asarray(tensors[name]).reshape(rule.part_shape[::-1] if rule.transpose else rule.part_shape)
-        part[...] = squeezed.T if rule.transpose else squeezed
+        tensor = np.asarray(tensors[name]).reshape(rule.shape if rule.view is None else rule.view)
+        part[...] = tensor.T if rule.transpose else tensor
     return leaf
 
 
