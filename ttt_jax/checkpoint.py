@@ -18,13 +18,15 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ttt_jax.config import from_mapping
+from ttt_jax.layers.ttt import TTTConfig
+from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import MoshiConfig, lora
 
 PARAMS = "params"
 CONVERTED = "state"
 LORA = "lora"
 CHECKPOINTS = "checkpoints"
-MODELS = {"moshi": MoshiConfig}
+MODELS = {"moshi": MoshiConfig, "mimi": MimiConfig, "ttt_layer": TTTConfig}
 
 
 class ModelMetadata(NamedTuple):
@@ -54,7 +56,7 @@ def save_model(directory: str | pathlib.Path, config: Any, params: Any) -> None:
 
     Args:
         directory: Must not exist yet.
-        config: The model's config, a dataclass (`MoshiConfig`).
+        config: The model's config, a dataclass (`MoshiConfig`, `MimiConfig`, `TTTConfig`).
         params: Its parameter tree.
 
     Raises:
@@ -96,11 +98,11 @@ def save_leaves(
     staging = directory.with_name(directory.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    options = ocp.options.ArrayOptions()
-    options.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     whole, metadata = staging / directory.name, model_metadata(config) | metadata
     try:
-        with ocp.Context(array_options=options):
+        context = ocp.Context()
+        context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+        with context:
             for group in _groups(leaves):
                 ocp.partial.save(str(whole), unflatten_dict(group, sep="/"), custom_metadata=metadata)
             ocp.partial.finalize(str(whole))
@@ -128,7 +130,7 @@ def load(directory: str | pathlib.Path) -> tuple[Any, Any]:
         directory: A workdir of train.py (its newest checkpoint), one checkpoint in it, or what `save_model` wrote.
 
     Returns:
-        The config (`MoshiConfig`) and the parameter tree in the saved dtypes.
+        The config (`MoshiConfig`, `MimiConfig` or a layer's `TTTConfig`) and the parameter tree in the saved dtypes.
 
     Raises:
         FileNotFoundError: No checkpoint there.

@@ -46,6 +46,16 @@ def is_hugging_face(tensors: Mapping[str, Any]) -> bool:
     return MARK in tensors
 
 
+def has_codec(tensors: Mapping[str, Any]) -> bool:
+    """Whether Mimi's tensors are among them."""
+    return any(name.startswith(CODEC) for name in tensors)
+
+
+def codec_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of Mimi in it, by their names in the layout of Mimi alone."""
+    return {name.removeprefix(CODEC): x for name, x in tensors.items() if name.startswith(CODEC)}
+
+
 def moshi_config(config: Mapping[str, Any]) -> MoshiConfig:
     """From the layout's config.json. It tells no delays: they are the published ones, 1 for all acoustic codebooks.
 

@@ -1,11 +1,11 @@
-"""Kyutai's Moshi checkpoints and this library's parameter tree: the table between them, and their two namings."""
+"""Kyutai's Moshi checkpoints and this library's parameter tree."""
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from ttt_jax.convert.fused import split_fused
 from ttt_jax.convert.table import Rule, Table, Tensors, make_params
 from ttt_jax.layers.mlp import gated_hidden_size
 from ttt_jax.models.moshi.config import MoshiConfig
@@ -83,34 +83,3 @@ def _kernel(path: str, name: str, shape: tuple[int, int]) -> Rule:
 
 def _stacked(path: str, pattern: str, count: int, shape: tuple[int, int], *, transpose: bool = True) -> Rule:
     return Rule(path, tuple(pattern.format(i) for i in range(count)), shape, transpose=transpose, stack=True)
-
-
-_PROJECTION = re.compile(r"(?P<module>.+\.self_attn)\.(?P<part>in|out)_projs\.\d+\.weight")
-
-
-def fused_name(rule: Rule) -> str | None:
-    """The one tensor that holds the leaf in released files, its blocks after each other; None where there is none."""
-    match = _PROJECTION.fullmatch(rule.names[0])
-    if match is None:
-        return None
-    return f"{match['module']}.in_proj_weight" if match["part"] == "in" else f"{match['module']}.out_proj.weight"
-
-
-def split_fused(table: Table, tensors: Tensors) -> dict[str, Any]:
-    """The tensors with the released files' fused projections under the current names.
-
-    Raises:
-        ValueError: A projection is there under both.
-    """
-    current = dict(tensors)
-    for rule in table.rules:
-        fused = fused_name(rule)
-        if fused not in current or not current[fused].shape or current[fused].shape[0] % len(rule.names):
-            continue
-        tensor = current.pop(fused)
-        rows = tensor.shape[0] // len(rule.names)
-        for i, name in enumerate(rule.names):
-            if name in current:
-                raise ValueError(f"both {fused} and {name} are there, expected one of the two namings")
-            current[name] = tensor[i * rows : (i + 1) * rows]
-    return current

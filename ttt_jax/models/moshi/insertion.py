@@ -1,15 +1,14 @@
 """The parameters that TTT adds to a Moshi: its layers, their norms and gates."""
 
 import re
-from collections.abc import Container
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from ttt_jax.models.moshi.config import MoshiConfig
-from ttt_jax.models.moshi.model import Moshi
+from ttt_jax.models.moshi.model import Block
 
 _INSERTED = re.compile(r"layers_\d+/(ttt|norm_ttt)/.*|layers_\d+/gate")
 
@@ -20,34 +19,25 @@ def is_inserted(path: str) -> bool:
 
 
 def inserted_shapes(config: MoshiConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `init_inserted` makes, path to shape and dtype."""
-    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+    """Shape and dtype of every parameter that `config.ttt` adds, by path."""
+    layers = config.ttt.layers if config.ttt is not None else ()
+    shapes = {}
+    for layer in layers:
+        shapes |= jax.eval_shape(lambda layer=layer: _init(config, layer, jax.random.key(0)))
+    return shapes
 
 
-def init_inserted(config: MoshiConfig, rng: jax.Array, layers: Container[int] | None = None) -> dict[str, Any]:
-    """Only the parameters that `config.ttt` adds, as `Moshi(config).init(rng, ...)` draws them, float32.
+def init_inserted(config: MoshiConfig, layer: int, rng: jax.Array) -> dict[str, jax.Array]:
+    """The parameters that `config.ttt` adds to one layer, drawn anew: path in Moshi's tree to float32 array.
 
-    The output projections are 0, so that the model with them says what it said without. The result is a part of the
-    parameter tree, and no more than this part is ever in memory.
-
-    Args:
-        config: Of the model with TTT.
-        rng: A key.
-        layers: Those whose parameters to make; None for all that have TTT.
+    The output projection is 0, so that the model with them says what it said without.
     """
-
-    def init(key):
-        leaves = _init(config, key)
-        return {path: leaf for path, leaf in leaves.items() if layers is None or _layer_of(path) in layers}
-
-    # Compiled as one, so that what is not returned is never made.
-    return unflatten_dict(jax.jit(init)(rng), sep="/")
+    # Compiled as one, so that the block's other parameters are never made.
+    return jax.jit(lambda key: _init(config, layer, key))(rng)
 
 
-def _init(config: MoshiConfig, rng) -> dict[str, jax.Array]:
-    params = Moshi(config).init(rng, jnp.zeros((1, config.num_streams, 2), jnp.int32))["params"]
-    return {path: leaf for path, leaf in flatten_dict(params, sep="/").items() if is_inserted(path)}
-
-
-def _layer_of(path: str) -> int:
-    return int(path.split("/", 1)[0].removeprefix("layers_"))
+def _init(config: MoshiConfig, layer: int, rng) -> dict[str, Any]:
+    x = jnp.zeros((1, 1, config.dim), jnp.dtype(config.dtype))
+    params = flatten_dict(Block(config, layer).init(rng, x, None, None, None)["params"], sep="/")
+    paths = {f"layers_{layer}/{path}": leaf for path, leaf in params.items()}
+    return {path: leaf for path, leaf in paths.items() if is_inserted(path)}

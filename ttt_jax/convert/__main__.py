@@ -1,0 +1,78 @@
+"""Convert published weights, and back.
+
+    python -m ttt_jax.convert --source=moshi --input=kyutai/moshiko-pytorch-bf16 --output=models/moshiko
+    python -m ttt_jax.convert --source=mimi --input=kyutai/moshiko-pytorch-bf16 --output=models/mimi
+    python -m ttt_jax.convert --reverse --input=models/moshiko --output=moshiko-kyutai
+
+`--input` is a .safetensors file, its index, a folder, or (extra `hub`) a repository of the Hugging Face hub. PyTorch is
+not needed. Memory stays near the largest parameter; a run that is stopped leaves nothing that loads.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+SOURCE = flags.DEFINE_enum("source", None, ["moshi", "mimi", "ttt_lm"], "What the weights are.")
+INPUT = flags.DEFINE_string("input", None, "Weights; with --reverse a checkpoint of this library.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "Directory to write, which must not exist yet.")
+CONFIG = flags.DEFINE_string("config", None, "The model's config as JSON; by default config.json beside the weights.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of the parameters; default as stored.")
+TTT = flags.DEFINE_string("ttt", None, "TTT layers to insert into a Moshi: JSON, a JSON file, or configs/NAME.py.")
+LORA = flags.DEFINE_string("lora", None, "LoRA weights to merge: a file, or a folder with its config.json.")
+LORA_SCALING = flags.DEFINE_float("lora_scaling", None, "Their scaling; default as their config says, else 2.")
+CODEBOOKS = flags.DEFINE_integer("num_codebooks", 8, "Codebooks of Mimi to use.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of inserted TTT layers.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan, and the memory it will need, and write nothing.")
+REVERSE = flags.DEFINE_bool("reverse", False, "Write Kyutai's safetensors and config from a checkpoint.")
+NAMES = flags.DEFINE_enum("names", None, ["fused", "current"], "Of --reverse; default as the input of the conversion.")
+
+
+def main(argv: list[str]) -> None:
+    """Run the program."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if OUTPUT.value is None and not DRY_RUN.value:
+        raise app.UsageError("--output is needed, the directory to write")
+    if SOURCE.value is None and not REVERSE.value:
+        raise app.UsageError("--source is needed: moshi, mimi or ttt_lm")
+    try:
+        (_reverse if REVERSE.value else _convert)()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _convert() -> None:
+    # Imported late so that `--help` and wrong flags answer at once.
+    from ttt_jax.convert import program
+
+    paths = (None if flag.value is None else pathlib.Path(flag.value) for flag in (CONFIG, LORA))
+    options = program.Options(*paths, LORA_SCALING.value, CODEBOOKS.value)
+    ttt = None if TTT.value is None else program.read_insertion(TTT.value)
+    if OUTPUT.value and pathlib.Path(OUTPUT.value).exists():
+        raise ValueError(f"--output: {OUTPUT.value} exists; choose another directory or remove it first")
+    plan = program.plan(SOURCE.value, INPUT.value, options, dtype=DTYPE.value, ttt=ttt)
+    *lines, summary = program.describe(plan)
+    if DRY_RUN.value:
+        print("\n".join(lines))
+    print(summary, file=sys.stdout if DRY_RUN.value else sys.stderr)
+    if not DRY_RUN.value:
+        program.convert(plan, pathlib.Path(OUTPUT.value), seed=SEED.value)
+        print(OUTPUT.value)
+
+
+def _reverse() -> None:
+    from ttt_jax.convert import reverse
+
+    directory = pathlib.Path(OUTPUT.value or "")
+    if DRY_RUN.value:
+        print("\n".join(reverse.describe(INPUT.value, dtype=DTYPE.value, names=NAMES.value)))
+        return
+    reverse.reverse(INPUT.value, directory, dtype=DTYPE.value, names=NAMES.value)
+    print(OUTPUT.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,161 @@
+"""A checkpoint of this library back to Kyutai's safetensors and config, for users of their code."""
+
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import tqdm
+
+from ttt_jax.checkpoint import Leaves, open_leaves
+from ttt_jax.convert.checks import check_tensors
+from ttt_jax.convert.fused import fused_name
+from ttt_jax.convert.mimi import mimi_table
+from ttt_jax.convert.moshi import moshi_table
+from ttt_jax.convert.table import Rule, Table, take_apart
+from ttt_jax.convert.tensors import DTYPES
+from ttt_jax.models.mimi import MimiConfig
+from ttt_jax.models.moshi import MoshiConfig
+from ttt_jax.models.moshi.insertion import is_inserted
+
+WEIGHTS_FILE = "model.safetensors"
+TTT_FILE = "ttt.safetensors"
+CONFIG_FILE = "config.json"
+ALIGNMENT = 8
+
+
+class Entry(NamedTuple):
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Reversal(NamedTuple):
+    leaves: Leaves
+    table: Table
+    dtype: np.dtype | None
+    fused: bool
+
+    def entries(self, rule: Rule) -> list[Entry]:
+        """The tensors that the leaf becomes."""
+        dtype = np.dtype(self.leaves.shapes[rule.path].dtype) if self.dtype is None else self.dtype
+        if (name := self._fused(rule)) is not None:
+            return [Entry(name, (len(rule.names) * rule.shape[0], *rule.shape[1:]), dtype)]
+        return [Entry(name, rule.shape, dtype) for name in rule.names]
+
+    def tensors(self, rule: Rule) -> Iterator[np.ndarray]:
+        """Their values."""
+        leaf = self.leaves.read(rule.path)
+        leaf = leaf if self.dtype is None else leaf.astype(self.dtype)
+        parts = (part for _, part in take_apart(rule, leaf))
+        yield from parts if self._fused(rule) is None else [np.concatenate(list(parts))]
+
+    def ttt_entries(self) -> list[Entry]:
+        """The parameters of TTT layers, by their paths here."""
+        shapes = {path: leaf for path, leaf in self.leaves.shapes.items() if is_inserted(path)}
+        return [Entry(path, leaf.shape, np.dtype(leaf.dtype)) for path, leaf in shapes.items()]
+
+    def _fused(self, rule: Rule) -> str | None:
+        return fused_name(rule) if self.fused else None
+
+
+def reverse(directory: str | pathlib.Path, output: pathlib.Path, *, dtype: str | None, names: str | None) -> None:
+    """Writes `model.safetensors` and `config.json` into `output`, which appears whole or not at all.
+
+    TTT layers, which Kyutai's code does not know, go into `ttt.safetensors` by their paths here.
+
+    Args:
+        directory: A checkpoint of Moshi or Mimi, or a workdir of train.py; low-rank factors are merged.
+        output: Must not exist.
+        dtype: Of the tensors; None as stored.
+        names: "fused" as in released files, "current" as in Kyutai's code; None as the model came, else "fused".
+
+    Raises:
+        FileExistsError: `output` exists.
+        ValueError: The checkpoint holds no Moshi or Mimi, or cannot be read.
+    """
+    if output.exists():
+        raise FileExistsError(f"--output: {output} exists; choose another directory or remove it first")
+    reversal = _open(directory, dtype, names)
+    rules, ttt = reversal.table.rules, reversal.ttt_entries()
+    constants = reversal.table.constants
+    entries = [entry for rule in rules for entry in reversal.entries(rule)]
+    entries += [Entry(name, constant.shape, constant.dtype) for name, constant in constants.items()]
+    staging = output.with_name(output.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        with _bar(sum(entry.nbytes for entry in (*entries, *ttt))) as bar:
+            values = (tensor for rule in rules for tensor in reversal.tensors(rule))
+            _write(staging / WEIGHTS_FILE, entries, (*constants.values(),), values, bar)
+            if ttt:
+                _write(staging / TTT_FILE, ttt, (), (reversal.leaves.read(entry.name) for entry in ttt), bar)
+        (staging / CONFIG_FILE).write_text(json.dumps(reversal.leaves.config.to_kyutai(), indent=1) + "\n")
+        os.rename(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def describe(directory: str | pathlib.Path, *, dtype: str | None, names: str | None) -> Iterator[str]:
+    """What `reverse` would write, a line each leaf; its errors are the same."""
+    reversal = _open(directory, dtype, names)
+    total = 0
+    for rule in reversal.table.rules:
+        entries = reversal.entries(rule)
+        total += sum(entry.nbytes for entry in entries)
+        others = f" .. {entries[-1].name} ({len(entries)})" if len(entries) > 1 else ""
+        yield f"{rule.path} -> {entries[0].name}{others} {entries[0].dtype.name}{list(entries[0].shape)}"
+    yield f"{len(reversal.table.rules)} parameters, {total / 1e9:.2f} GB; {len(reversal.ttt_entries())} of TTT"
+
+
+def _open(directory: str | pathlib.Path, dtype: str | None, names: str | None) -> _Reversal:
+    leaves = open_leaves(directory)
+    if isinstance(leaves.config, MoshiConfig):
+        table = moshi_table(leaves.config)
+    elif isinstance(leaves.config, MimiConfig):
+        table = mimi_table(leaves.config)
+    else:
+        raise ValueError(f"--input: {directory} holds a {type(leaves.config).__name__}; expected a Moshi or a Mimi")
+    expected = {rule.path: rule.leaf_shape for rule in table.rules}
+    check_tensors(expected, {path: leaf for path, leaf in leaves.shapes.items() if not is_inserted(path)})
+    fused = (names or leaves.metadata.get("names", "fused")) == "fused"
+    return _Reversal(leaves, table, None if dtype is None else np.dtype(dtype), fused)
+
+
+def _bar(total: int) -> tqdm.tqdm:
+    return tqdm.tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr)
+
+
+def _write(path: pathlib.Path, entries: list[Entry], last: Iterable[np.ndarray], values: Iterable[Any], bar) -> None:
+    """A safetensors file, written as its tensors come: those of `values`, then `last`.
+
+    The safetensors package writes only what is in memory as a whole. The format: the header's length (8 bytes,
+    little-endian), the header in JSON, the tensors.
+    """
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {}, 0
+    for entry in entries:
+        begin, end = end, end + entry.nbytes
+        header[entry.name] = {"dtype": kinds[entry.dtype], "shape": entry.shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in itertools.chain(values, last):
+            file.write(np.ascontiguousarray(value).tobytes())
+            bar.update(value.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
