@@ -1,5 +1,5 @@
 """Models built from the layers, one package each."""
 
-from ttt_jax.models import moshi
+from ttt_jax.models import mimi, moshi
 
-__all__ = ["moshi"]
+__all__ = ["mimi", "moshi"]
