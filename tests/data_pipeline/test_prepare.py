@@ -8,7 +8,7 @@ import soundfile
 
 from ttt_jax.data import prepare, reader
 from ttt_jax.data.codecs import Codec2
-from ttt_jax.data.text import load_tokenizer
+from ttt_jax.data.text import load_tokenizer, train_tokenizer
 
 
 def voice(seconds, rate=16000, hz=150):
@@ -135,6 +135,96 @@ def test_a_given_tokenizer_is_kept(folder, tmp_path):
     assert (tmp_path / "second" / "tokenizer.model").read_bytes() == model.read_bytes()
     with pytest.raises(ValueError, match="no file at"):
         prepare.make(folder, tmp_path / "third", tokenizer=tmp_path / "none.model")
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A dataset in moshi-finetune's layout, and a tokenizer for it."""
+    folder = tmp_path / "talks" / "stereo"
+    folder.mkdir(parents=True)
+    rows = []
+    for name, seconds, rate in (("a", 2.0, 24000), ("b", 1.5, 44100)):
+        soundfile.write(folder / f"{name}.wav", np.stack([voice(seconds, rate), voice(seconds, rate, 220)], 1), rate)
+        words = [["hello", [0.4, 0.7], "SPEAKER_MAIN"], ["you", [0.5, 0.6], "SPEAKER_01"]]
+        words.append(["there", [0.5, 0.9], "SPEAKER_MAIN"])  # a frame after "hello", which is several pieces long
+        (folder / f"{name}.json").write_text(json.dumps({"alignments": words}))
+        rows.append({"path": f"stereo/{name}.wav", "duration": seconds})
+    (folder / "not listed.wav").touch()
+    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(["hello you there"], 30))
+    path = tmp_path / "talks" / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_dataset_of_moshi_finetune(listed, tmp_path):
+    tokenizer = tmp_path / "tokenizer.model"
+    assert prepare.make(None, tmp_path / "out", dataset=listed, tokenizer=tokenizer) == {}
+    found = recordings(tmp_path / "out")
+    assert sorted(found) == ["stereo/a.wav", "stereo/b.wav"]
+    codes = found["stereo/a.wav"].codes
+    assert codes.shape == (17, 25)
+    hello, there = load_tokenizer(tokenizer).encode(["hello", "there"])
+    assert codes[0, 4 : 6 + len(there)].tolist() == [0, hello[0], *there]
+    assert (codes[1:9, 3:20] != codes[9:, 3:20]).any()
+    # The same files in a folder give the same codes: what a row adds is what it promises.
+    prepare.make(listed.parent / "stereo", tmp_path / "folder", tokenizer=tokenizer)
+    np.testing.assert_array_equal(recordings(tmp_path / "folder")["a.wav"].codes, codes)
+
+
+def test_rows_that_do_not_fit_their_files_are_skipped(listed, tmp_path):
+    folder = listed.parent
+    for name in ("silent", "untold", "short"):
+        soundfile.write(folder / f"{name}.wav", np.zeros((8000, 2)), 8000)
+        (folder / f"{name}.json").write_text('{"alignments": []}')
+    (folder / "untold.json").unlink()
+    rows = [("silent", 1.0), ("untold", 1), ("short", 9.0), ("gone", 1.0)]
+    with listed.open("a") as file:
+        file.writelines(json.dumps({"path": f"{name}.wav", "duration": length}) + "\n\n" for name, length in rows)
+    arguments = [f"--dataset={listed}", f"--output={tmp_path / 'out'}", f"--tokenizer={tmp_path / 'tokenizer.model'}"]
+    program = run(*arguments)
+    assert program.returncode == 3, program.stderr
+    for name, reason in (
+        ("untold.wav", f"no word times at {folder / 'untold.json'}"),
+        ("short.wav", "lasts 1.00 s, its row says 9.00 s"),
+        ("gone.wav", f"no audio at {folder / 'gone.wav'}"),
+    ):
+        assert f"  {name}: {reason}" in program.stderr
+    silent = recordings(tmp_path / "out")["silent.wav"].codes
+    assert (silent[0] == 3).all()
+    assert (silent[1:9] == silent[9:]).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"duration": 1.0}', "line 3 has no path; expected"),
+        ('["a.wav", 1.0]', "line 3 has no path"),
+        ('{"path": "c.wav", "dura', r"line 3 is not JSON .*; expected .*Was the file cut short\?"),
+        ('{"path": "c.wav", "duration": "long"}', "line 3: expected a duration in seconds, got 'long'"),
+        ('{"path": "c.wav", "duration": -1}', "line 3: expected a duration in seconds, got -1"),
+        ('{"path": "c.wav", "duration": NaN}', "line 3: expected a duration in seconds, got nan"),
+        ('{"path": "stereo/a.wav"}', "line 3 names 'stereo/a.wav' again"),
+    ],
+)
+def test_bad_rows_name_their_line(listed, tmp_path, row, reason):
+    with listed.open("a") as file:
+        file.write(row)
+    with pytest.raises(ValueError, match=f"dataset: .*{reason}"):
+        prepare.make(None, tmp_path / "out", dataset=listed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_of_folder_and_dataset(listed, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match="audio, dataset: expected one of the two"):
+        prepare.make(listed.parent, output, dataset=listed)
+    with pytest.raises(ValueError, match="audio, dataset: expected one of the two"):
+        prepare.make(None, output)
+    with pytest.raises(ValueError, match="there is none at"):
+        prepare.make(None, output, dataset=tmp_path / "none.jsonl")
+    listed.write_text("\n")
+    with pytest.raises(ValueError, match="holds none"):
+        prepare.make(None, output, dataset=listed)
 
 
 def test_splits_follow_from_names_and_are_never_empty():

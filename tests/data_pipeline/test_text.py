@@ -1,7 +1,9 @@
+import io
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from ttt_jax.data import text
 from ttt_jax.data.text import Word
@@ -23,8 +25,8 @@ class Letters:
         return [ord(letter) - ord("a") + 4 for letter in word]
 
 
-def stream(words, num_frames):
-    return text.text_stream(words, Letters(), num_frames, 12.5).tolist()  # type: ignore[arg-type]
+def stream(words, num_frames, **options):
+    return text.text_stream(words, Letters(), num_frames, 12.5, **options).tolist()  # type: ignore[arg-type]
 
 
 def test_words_stand_where_they_start():
@@ -35,6 +37,19 @@ def test_words_stand_where_they_start():
 
 def test_a_long_word_delays_the_next():
     assert stream([Word("abcd", 0.0, 0.1), Word("ef", 0.1, 0.2)], 8) == [4, 5, 6, 7, 8, 9, 3, 3]
+
+
+def test_late_pieces_dropped_as_moshi_finetune_does():
+    drop = {"late_pieces": "drop"}
+    words = [Word("abcd", 0.0, 0.1), Word("ef", 0.1, 0.2), Word("g", 0.64, 0.7)]
+    assert stream(words, 10, **drop) == [4, 8, 9, 3, 3, 3, 3, 0, 10, 3]
+    # Of two words that start in one frame the later one stays, whatever is left of the one before.
+    assert stream([Word("abc", 0.0, 0.1), Word("de", 0.09, 0.1), Word("fg", 0.1, 0.2)], 5, **drop) == [4, 9, 10, 3, 3]
+    # A word that does not last neither stands nor cuts off.
+    assert stream([Word("abc", 0.0, 0.3), Word("d", 0.1, 0.1)], 4, **drop) == [4, 5, 6, 3]
+    # 2.32 * 12.5 is a little less than 29 in binary, and the frame is the one below it.
+    assert stream([Word("a", 2.32, 2.4)], 30, **drop)[27:] == [0, 4, 3]
+    assert stream([Word("abcd", 0.08, 0.3)], 3, **drop) == [0, 4, 5]
 
 
 def test_pieces_past_the_end_are_left_out():
@@ -75,6 +90,8 @@ def test_read_alignments(tmp_path):
     rows = [["b", [1.0, 1.2], "SPEAKER_MAIN"], ["x", [0.2, 0.3], "SPEAKER_01"], ["a", [0.5, 0.7], "SPEAKER_MAIN"]]
     path.write_text(json.dumps({"alignments": rows}))
     assert text.read_alignments(path) == [Word("a", 0.5, 0.7), Word("b", 1.0, 1.2)]
+    path.write_text(json.dumps({"alignments": [[" a ", [0.5, 0.7], "SPEAKER_MAIN"]]}))
+    assert text.read_alignments(path) == [Word("a", 0.5, 0.7)]
 
 
 @pytest.mark.parametrize(
@@ -102,15 +119,23 @@ def test_bad_input(tmp_path):
         text.load_tokenizer(tmp_path / "bad.model")
 
 
-def test_other_reserved_ids_are_refused(tmp_path):
-    import io
-
-    import sentencepiece
-
+def write_model(path, **options):
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES), model_writer=model, vocab_size=40, hard_vocab_limit=False, minloglevel=2
-    )
-    (tmp_path / "other.model").write_bytes(model.getvalue())
+    options |= {"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_writer=model, **options)
+    path.write_bytes(model.getvalue())
+
+
+def test_other_reserved_ids_are_refused(tmp_path):
+    write_model(tmp_path / "other.model")
     with pytest.raises(ValueError, match=r"unk_id, pad_id = \(0, -1\), expected \(0, 3\)"):
         text.load_tokenizer(tmp_path / "other.model")
+    write_model(tmp_path / "moved.model", unk_id=1, bos_id=0, pad_id=3)
+    with pytest.raises(ValueError, match=r"unk_id, pad_id = \(1, 3\), expected \(0, 3\)"):
+        text.load_tokenizer(tmp_path / "moved.model")
+
+
+@pytest.mark.parametrize("options", [{"pad_id": 3, "pad_piece": "[PAD]"}, {"control_symbols": "[PAD]"}])
+def test_padding_may_have_another_name(tmp_path, options):
+    write_model(tmp_path / "named.model", **options)
+    assert text.load_tokenizer(tmp_path / "named.model").id_to_piece(3) == "[PAD]"

@@ -17,15 +17,24 @@ class BadRecordingError(Exception):
 
 def num_channels(path: pathlib.Path) -> int:
     """Channels of an audio file; BadRecordingError if it is empty, unreadable, or has more than two."""
-    if path.stat().st_size == 0:
-        raise BadRecordingError("the file is empty (0 bytes)")
-    try:
-        channels = soundfile.info(path).channels
-    except soundfile.SoundFileError as error:
-        raise BadRecordingError(f"not readable as audio: {error}") from error
+    channels = _header(path).channels
     if channels not in (1, 2):
         raise BadRecordingError(f"{channels} channels; expected 1, or 2 with one speaker in each")
     return channels
+
+
+def duration_s(path: pathlib.Path) -> float:
+    """Seconds that an audio file lasts, as its header tells; BadRecordingError if it is empty or unreadable."""
+    return _header(path).duration
+
+
+def _header(path: pathlib.Path):
+    if path.stat().st_size == 0:
+        raise BadRecordingError("the file is empty (0 bytes)")
+    try:
+        return soundfile.info(path)
+    except soundfile.SoundFileError as error:
+        raise BadRecordingError(f"not readable as audio: {error}") from error
 
 
 def read_blocks(path: pathlib.Path, sample_rate_hz: int, block_seconds: float = BLOCK_SECONDS) -> Iterator[np.ndarray]:

@@ -86,6 +86,7 @@ class Plan:
         workers: processes at a time.
         beam_options: flags of an Apache Beam pipeline (`beam.pipeline_options`) that does the work in place of this
             machine's processes; None goes without Beam. The dataset is the same.
+        late_pieces: of `text.text_stream`.
     """
 
     output: pathlib.Path
@@ -95,6 +96,7 @@ class Plan:
     vocab_size: int
     workers: int
     beam_options: str | None = None
+    late_pieces: text.LatePieces = "wait"
 
 
 def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], dict[str, str]]) -> dict[str, str]:
@@ -320,14 +322,15 @@ def _tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
     return text.load_tokenizer(pathlib.Path(path))
 
 
-def _example(tokenizer: str | None, info: tokens.TokenInfo, path: str) -> dict[str, Any]:
+def _example(tokenizer: str | None, info: tokens.TokenInfo, late_pieces: text.LatePieces, path: str) -> dict[str, Any]:
     """One record of the dataset from one cached recording."""
     tokenized = _load(path)
     num_frames = tokenized.codes.shape[1]
     codes = np.full((info.num_streams, num_frames), tokens.MISSING, np.int32)
     codes[1 : 1 + len(tokenized.codes)] = tokenized.codes
     if tokenized.words is not None and tokenizer is not None:
-        codes[0] = text.text_stream(tokenized.words, _tokenizer(tokenizer), num_frames, info.frame_rate_hz)
+        rate = info.frame_rate_hz
+        codes[0] = text.text_stream(tokenized.words, _tokenizer(tokenizer), num_frames, rate, late_pieces=late_pieces)
     tokens.check_codes(codes, info, f"recording {tokenized.id!r}")
     return {"id": tokenized.id, "codes": codes.T, "metadata": tokenized.metadata}
 
@@ -357,7 +360,9 @@ def _assemble(
         tfds.disable_progress_bar()
         builder = TokenRecordings(
             records=records,
-            make_example=functools.partial(_example, None if tokenizer is None else str(tokenizer), info),
+            make_example=functools.partial(
+                _example, None if tokenizer is None else str(tokenizer), info, plan.late_pieces
+            ),
             num_streams=info.num_streams,
             use_beam=plan.beam_options is not None,
             data_dir=str(root),

@@ -5,7 +5,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -14,6 +14,9 @@ END_OF_PADDING_ID = 0
 TEXT_PADDING_ID = 3
 RESERVED_IDS = 4  # <unk> doubles as end of padding, then <s>, </s> and <pad>
 MAIN_SPEAKER = "SPEAKER_MAIN"
+
+LatePieces = Literal["wait", "drop"]
+"""What becomes of a word's pieces that have not had their turn when the next word starts; see `text_stream`."""
 
 
 class Word(NamedTuple):
@@ -32,7 +35,9 @@ def read_alignments(path: pathlib.Path) -> list[Word]:
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["alignments"]
-        words = [Word(str(text), float(start), float(end)) for text, (start, end), who in rows if who == MAIN_SPEAKER]
+        words = [
+            Word(str(text).strip(), float(start), float(end)) for text, (start, end), who in rows if who == MAIN_SPEAKER
+        ]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f'{path.name}: expected {{"alignments": [["word", [start_s, end_s], "{MAIN_SPEAKER}"], ...]}} ({error!r})'
@@ -78,7 +83,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def load_tokenizer(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
-    """Load a sentencepiece model whose ids 0 and 3 are <unk> and <pad>; ValueError otherwise."""
+    """Load a sentencepiece model in which 0 is <unk> and 3 is <pad> or another control symbol; ValueError otherwise."""
     if not path.is_file():
         raise ValueError(f"tokenizer: expected a sentencepiece model, found no file at {path}")
     tokenizer = sentencepiece.SentencePieceProcessor()
@@ -86,8 +91,10 @@ def load_tokenizer(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
         tokenizer.LoadFromSerializedProto(path.read_bytes())
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"tokenizer: {path} is not a sentencepiece model ({error})") from error
-    ids = (tokenizer.unk_id(), tokenizer.pad_id())
-    if ids != (END_OF_PADDING_ID, TEXT_PADDING_ID):
+    pad = TEXT_PADDING_ID
+    is_padding = tokenizer.pad_id() == pad or (tokenizer.get_piece_size() > pad and tokenizer.is_control(pad))
+    if tokenizer.unk_id() != END_OF_PADDING_ID or not is_padding:
+        ids = (tokenizer.unk_id(), tokenizer.pad_id())
         raise ValueError(
             f"tokenizer: {path} has unk_id, pad_id = {ids}, expected (0, 3), which mark end of padding and padding; "
             "train one with --unk_id=0 --bos_id=1 --eos_id=2 --pad_id=3"
@@ -96,25 +103,45 @@ def load_tokenizer(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def text_stream(
-    words: Sequence[Word], tokenizer: sentencepiece.SentencePieceProcessor, num_frames: int, frame_rate_hz: float
+    words: Sequence[Word],
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    num_frames: int,
+    frame_rate_hz: float,
+    *,
+    late_pieces: LatePieces = "wait",
 ) -> np.ndarray:
-    """Interleave words into one token per frame, as moshi-finetune does.
+    """Interleave words into one token per frame.
 
-    A word's pieces stand one per frame from the frame in which it starts (floor(start_s * frame_rate_hz)), or right
-    behind the word before if that one is not done. Other frames hold padding (3); a padding frame before a word's
-    first piece becomes end of padding (0). Pieces past the end, and unknown ones, whose id means end of padding, are
-    left out.
+    A word's pieces stand one per frame from the frame in which it starts. Other frames hold padding (3); a padding
+    frame before a word's first piece becomes end of padding (0). Pieces past the end, and unknown ones, whose id means
+    end of padding, are left out.
+
+    Args:
+        words: in order of their starts.
+        tokenizer: from `load_tokenizer`.
+        num_frames: of the stream.
+        frame_rate_hz: of the stream.
+        late_pieces: "wait": a word begins where the one before has ended, at the earliest, so that none loses a piece.
+            "drop": to the frame what moshi-finetune trains Moshi on; a word begins in its own frame and cuts off the
+            one before, and words that do not last (start_s >= end_s) are left out.
 
     Returns:
         int32 [num_frames].
     """
+    if late_pieces == "drop":
+        words = [word for word in words if word.start_s < word.end_s]
+        frames = [math.floor(word.start_s * frame_rate_hz) for word in words]
+        ends = [*frames[1:], num_frames]
+    else:
+        # 1e-6 of a frame: a start written as a rounded decimal belongs to the frame it was meant for.
+        frames = [math.floor(word.start_s * frame_rate_hz + 1e-6) for word in words]
+        ends = [num_frames] * len(words)
     stream = np.full(num_frames, TEXT_PADDING_ID, np.int32)
     free = 0
-    for word in words:
+    for word, frame, end in zip(words, frames, ends, strict=False):
         pieces = [piece for piece in tokenizer.encode(word.text) if piece >= RESERVED_IDS]
-        # 1e-6 of a frame: a start written as a rounded decimal belongs to the frame it was meant for.
-        start = max(free, math.floor(word.start_s * frame_rate_hz + 1e-6))
-        pieces = pieces[: max(0, num_frames - start)]
+        start = max(free, frame)
+        pieces = pieces[: max(0, min(end, num_frames) - start)]
         if not pieces:
             continue
         if start > 0 and stream[start - 1] == TEXT_PADDING_ID:
