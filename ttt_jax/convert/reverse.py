@@ -2,45 +2,25 @@
 
 import itertools
 import json
-import math
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import tqdm
 
 from ttt_jax.checkpoint import Leaves, open_leaves
 from ttt_jax.convert.checks import check_tensors
-from ttt_jax.convert.fused import fused_name
-from ttt_jax.convert.mimi import mimi_table
-from ttt_jax.convert.moshi import moshi_table
 from ttt_jax.convert.table import Rule, Table, take_apart
-from ttt_jax.convert.tensors import DTYPES
-from ttt_jax.models.mimi import MimiConfig
-from ttt_jax.models.moshi import MoshiConfig
+from ttt_jax.convert.writing import Entry, constant_entries, entries_of, table_of, write_file
 from ttt_jax.models.moshi.insertion import is_inserted
 
 WEIGHTS_FILE = "model.safetensors"
 TTT_FILE = "ttt.safetensors"
 CONFIG_FILE = "config.json"
-ALIGNMENT = 8
-
-
-class Entry(NamedTuple):
-    """A tensor that will be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class _Reversal(NamedTuple):
@@ -52,24 +32,19 @@ class _Reversal(NamedTuple):
     def entries(self, rule: Rule) -> list[Entry]:
         """The tensors that the leaf becomes."""
         dtype = np.dtype(self.leaves.shapes[rule.path].dtype) if self.dtype is None else self.dtype
-        if (name := self._fused(rule)) is not None:
-            return [Entry(name, (len(rule.names) * rule.shape[0], *rule.shape[1:]), dtype)]
-        return [Entry(name, rule.shape, dtype) for name in rule.names]
+        return entries_of(rule, dtype, self.fused)
 
     def tensors(self, rule: Rule) -> Iterator[np.ndarray]:
         """Their values."""
         leaf = self.leaves.read(rule.path)
         leaf = leaf if self.dtype is None else leaf.astype(self.dtype)
         parts = (part for _, part in take_apart(rule, leaf))
-        yield from parts if self._fused(rule) is None else [np.concatenate(list(parts))]
+        yield from parts if len(self.entries(rule)) == len(rule.names) else [np.concatenate(list(parts))]
 
     def ttt_entries(self) -> list[Entry]:
         """The parameters of TTT layers, by their paths here."""
         shapes = {path: leaf for path, leaf in self.leaves.shapes.items() if is_inserted(path)}
         return [Entry(path, leaf.shape, np.dtype(leaf.dtype)) for path, leaf in shapes.items()]
-
-    def _fused(self, rule: Rule) -> str | None:
-        return fused_name(rule) if self.fused else None
 
 
 def reverse(directory: str | pathlib.Path, output: pathlib.Path, *, dtype: str | None, names: str | None) -> None:
@@ -91,18 +66,19 @@ def reverse(directory: str | pathlib.Path, output: pathlib.Path, *, dtype: str |
         raise FileExistsError(f"--output: {output} exists; choose another directory or remove it first")
     reversal = _open(directory, dtype, names)
     rules, ttt = reversal.table.rules, reversal.ttt_entries()
-    constants = reversal.table.constants
     entries = [entry for rule in rules for entry in reversal.entries(rule)]
-    entries += [Entry(name, constant.shape, constant.dtype) for name, constant in constants.items()]
+    entries += constant_entries(reversal.table)
     staging = output.with_name(output.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         with _bar(sum(entry.nbytes for entry in (*entries, *ttt))) as bar:
             values = (tensor for rule in rules for tensor in reversal.tensors(rule))
-            _write(staging / WEIGHTS_FILE, entries, (*constants.values(),), values, bar)
+            write_file(
+                staging / WEIGHTS_FILE, entries, itertools.chain(values, reversal.table.constants.values()), bar.update
+            )
             if ttt:
-                _write(staging / TTT_FILE, ttt, (), (reversal.leaves.read(entry.name) for entry in ttt), bar)
+                write_file(staging / TTT_FILE, ttt, (reversal.leaves.read(entry.name) for entry in ttt), bar.update)
         (staging / CONFIG_FILE).write_text(json.dumps(reversal.leaves.config.to_kyutai(), indent=1) + "\n")
         os.rename(staging, output)
     finally:
@@ -123,12 +99,7 @@ def describe(directory: str | pathlib.Path, *, dtype: str | None, names: str | N
 
 def _open(directory: str | pathlib.Path, dtype: str | None, names: str | None) -> _Reversal:
     leaves = open_leaves(directory)
-    if isinstance(leaves.config, MoshiConfig):
-        table = moshi_table(leaves.config)
-    elif isinstance(leaves.config, MimiConfig):
-        table = mimi_table(leaves.config)
-    else:
-        raise ValueError(f"--input: {directory} holds a {type(leaves.config).__name__}; expected a Moshi or a Mimi")
+    table = table_of(leaves.config)
     expected = {rule.path: rule.leaf_shape for rule in table.rules}
     check_tensors(expected, {path: leaf for path, leaf in leaves.shapes.items() if not is_inserted(path)})
     fused = (names or leaves.metadata.get("names", "fused")) == "fused"
@@ -137,25 +108,3 @@ def _open(directory: str | pathlib.Path, dtype: str | None, names: str | None) -
 
 def _bar(total: int) -> tqdm.tqdm:
     return tqdm.tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr)
-
-
-def _write(path: pathlib.Path, entries: list[Entry], last: Iterable[np.ndarray], values: Iterable[Any], bar) -> None:
-    """A safetensors file, written as its tensors come: those of `values`, then `last`.
-
-    The safetensors package writes only what is in memory as a whole. The format: the header's length (8 bytes,
-    little-endian), the header in JSON, the tensors.
-    """
-    kinds = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {}, 0
-    for entry in entries:
-        begin, end = end, end + entry.nbytes
-        header[entry.name] = {"dtype": kinds[entry.dtype], "shape": entry.shape, "data_offsets": (begin, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for value in itertools.chain(values, last):
-            file.write(np.ascontiguousarray(value).tobytes())
-            bar.update(value.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
