@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import from_mapping
-from ttt_jax.models.moshi import MoshiConfig, TTTInsertion, check_codes
+from ttt_jax.models.moshi import Conditioner, MoshiConfig, TTTInsertion, check_codes
+
+
+def _condition(table: dict) -> dict:
+    return {"conditioners": {"a": {"type": "lut", "lut": table}}, "fuser": {"sum": ["a"]}}
+
 
 TINY = {"n_q": 2, "dep_q": 1, "delays": (0, 0, 1), "card": 8, "text_card": 10}
 
@@ -29,9 +34,21 @@ def test_reads_kyutais_json(data_dir, tmp_path):
         ({"num_layer": 3}, "did you mean 'num_layers'"),
         ({"norm": "layer_norm"}, "norm='layer_norm' is not supported"),
         ({"sinks": 4}, "unknown field 'sinks'"),
-        ({"lora": True}, "lora=True is not supported"),
+        ({"model_type": "tts"}, "model_type='tts' is not supported: text-to-speech models .* cross attention"),
+        ({"model_type": "hibki"}, "model_type must be one of .* did you mean 'hibiki'"),
+        ({"cross_attention": True}, "cross_attention=True is not supported"),
+        ({"demux_second_stream": True}, "demux_second_stream=True is not supported"),
+        ({"kv_repeat": 2}, "kv_repeat=2 is not supported"),
+        ({"depformer_norm": "rms_norm"}, "depformer_norm='rms_norm' is not supported"),
         ({"text_card_out": 5}, "text_card_out=5"),
         ({"depformer_dim_feedforward": [1, 2]}, "depformer_dim_feedforward must be one int"),
+        ({"conditioners": {"voice": {"type": "tensor", "tensor": {"dim": 8}}}, "fuser": {"cross": ["voice"]}}, "cross"),
+        ({"conditioners": {"voice": {"type": "tensor"}}, "fuser": {"sum": ["voice"]}}, "type='tensor' is not support"),
+        ({"conditioners": {"a": {"type": "lut", "lut": {"dim": 2, "n_bins": 2}}}}, "fuser.sum must name every one"),
+        ({"fuser": {"sum": ["a"]}}, r"every one of the conditioners \[\], got \['a'\]"),
+        (_condition({"n_bins": 2, "dim": 2, "tokenizer": "bpe"}), "tokenizer must be 'noop', got 'bpe'"),
+        (_condition({"n_bins": 2, "dim": 2, "learn_padding": False}), "must hold n_bins, dim and possible_values"),
+        (_condition({"n_bins": 1, "dim": 2, "possible_values": ["x", "y"]}), "at most n_bins = 1 different words"),
     ],
 )
 def test_from_kyutai_refuses_what_it_does_not_implement(fields, message):
@@ -48,6 +65,11 @@ def test_from_kyutai_refuses_what_it_does_not_implement(fields, message):
         ({"delays": (0, 1)}, "delays must hold n_q"),
         ({"delays": (-1,) * 17}, "delays must be >= 0"),
         ({"dep_q": 17}, "dep_q must be <= n_q"),
+        ({"dep_q": -1}, "dep_q must be an int >= 0"),
+        ({"extra_heads_num_heads": -1}, "extra_heads_num_heads must be an int >= 0"),
+        ({"depformer_low_rank_embeddings": 0}, "depformer_low_rank_embeddings must be an int >= 1"),
+        ({"existing_text_padding_id": None}, "existing_text_padding_id must be an int >= 0"),
+        ({"conditioners": (Conditioner("a", 2, 2),) * 2}, "conditioners must have different names"),
         ({"context": 0}, "context must be an int >= 1"),
         ({"sinks": -1}, "sinks must be an int >= 0"),
         ({"sinks": True}, "sinks must be an int >= 0"),
@@ -93,6 +115,7 @@ def test_json_keeps_every_field_and_may_lack_sinks():
     assert from_mapping(MoshiConfig, fields) == config
     del fields["sinks"], fields["ttt"]["sinks"]  # as written before there were any
     old = from_mapping(MoshiConfig, fields)
+    assert old.ttt is not None
     assert (old.sinks, old.ttt.sinks, old.layer_attention(1).sinks) == (0, None, 0)
 
 

@@ -1,9 +1,11 @@
 """Moshi: config, model, losses, delays, low-rank adaptation and streaming."""
 
 from ttt_jax.models.moshi import lora
+from ttt_jax.models.moshi.conditions import condition_vector
 from ttt_jax.models.moshi.config import (
     UNGENERATED_TOKEN,
     ZERO_TOKEN,
+    Conditioner,
     MoshiConfig,
     TTTInsertion,
     check_codes,
@@ -16,6 +18,7 @@ from ttt_jax.models.moshi.stream import StepLogits, Stream, init_stream, stream_
 __all__ = [
     "UNGENERATED_TOKEN",
     "ZERO_TOKEN",
+    "Conditioner",
     "LayerState",
     "LossSums",
     "Losses",
@@ -26,6 +29,7 @@ __all__ = [
     "Stream",
     "TTTInsertion",
     "check_codes",
+    "condition_vector",
     "delay",
     "delay_mask",
     "delayed_positions",

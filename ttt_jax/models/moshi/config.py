@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import os
 import pathlib
@@ -9,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from ttt_jax.models.moshi import kyutai
 
 AttentionKind = Literal["window", "segment"]
 ATTENTION_KINDS = ("window", "segment")
@@ -18,6 +21,11 @@ ZERO_TOKEN = -1
 
 UNGENERATED_TOKEN = -2
 """Not generated yet: what streaming returns while the delays fill."""
+
+ABSENT = -1
+"""Row of a conditioner's table that stands for no value."""
+
+MODEL_TYPES = ("moshi", "hibiki", "stt", "personaplex")
 
 
 class LayerAttention(NamedTuple):
@@ -66,13 +74,58 @@ class TTTInsertion:
             if getattr(self, name) is not None:
                 _check_positive(f"ttt.{name}", getattr(self, name))
         if self.sinks is not None:
-            _check_not_negative("ttt.sinks", self.sinks)
+            _check_not_negative("ttt.sinks", self.sinks, "frames")
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"ttt.layers must not repeat, got {self.layers}")
         if self.base_lr is not None and not self.base_lr > 0:
             raise ValueError(f"ttt.base_lr must be > 0, or None for the published value, got {self.base_lr!r}")
         if self.gate_init == 0:
             raise ValueError("ttt.gate_init must not be 0: neither the gate's layer nor the gate would get a gradient")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioner:
+    """A table of vectors for the values of one condition (Kyutai's lookup conditioner with its `sum` fuser).
+
+    Attributes:
+        name: of the condition, "description" for Hibiki.
+        n_bins: rows of the table; one more is never read.
+        dim: width of the table, projected to the model's.
+        possible_values: the words that rows 0, 1, ... stand for; None takes any word, its row by a hash.
+    """
+
+    name: str
+    n_bins: int
+    dim: int
+    possible_values: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if self.possible_values is not None:
+            object.__setattr__(self, "possible_values", tuple(self.possible_values))
+        for field in ("n_bins", "dim"):
+            _check_positive(f"conditioners[{self.name!r}].{field}", getattr(self, field))
+        values = self.possible_values or ()
+        if len(set(values)) != len(values) or len(values) > self.n_bins:
+            raise ValueError(
+                f"conditioners[{self.name!r}].possible_values must be at most n_bins = {self.n_bins} different words, "
+                f"got {values}"
+            )
+
+    def row(self, value: str | None) -> int:
+        """The row of a value.
+
+        Raises:
+            ValueError: it is none of the possible values.
+        """
+        if value is None:
+            return ABSENT
+        if not isinstance(value, str):
+            raise ValueError(f"condition {self.name!r} must be a word or None, got {value!r}")
+        if self.possible_values is None:
+            return int.from_bytes(hashlib.sha256(value.encode()).digest(), "big") % self.n_bins
+        if value not in self.possible_values:
+            raise ValueError(f"condition {self.name!r} must be one of {self.possible_values} or None, got {value!r}")
+        return self.possible_values.index(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +138,7 @@ class MoshiConfig:
         existing_text_padding_id: text token between words.
         existing_text_end_padding_id: text token that ends a padding.
         n_q: audio streams read (the model's own, then the user's).
-        dep_q: audio streams predicted by the depth transformer (the first ones).
+        dep_q: audio streams predicted by the depth transformer (the first ones); 0 is a model that only writes text.
         card: audio vocabulary per stream; token `card` is the initial one.
         num_heads: of the temporal transformer.
         num_layers: of the temporal transformer.
@@ -97,6 +150,12 @@ class MoshiConfig:
         depformer_num_heads: of the depth transformer.
         depformer_num_layers: of the depth transformer.
         depformer_weights_per_step_schedule: weight set used by each of the dep_q steps; None gives each its own.
+        depformer_low_rank_embeddings: width of the depth transformer's tables, projected to `depformer_dim`; None is
+            `depformer_dim` without a projection.
+        extra_heads_num_heads: linear classifiers of the temporal output, such as the voice activity of speech to text.
+        extra_heads_dim: classes of each.
+        conditioners: tables of the conditions whose vectors are added to every frame's input.
+        model_type: what the model is for: "moshi", "hibiki" (translation), "stt" (speech to text) or "personaplex".
         delays: frames by which each of the 1 + n_q streams (text first) is delayed.
         attention: kind of the temporal attention, "window" or "segment".
         sinks: first frames that it sees for ever, beside the window or segment.
@@ -122,6 +181,11 @@ class MoshiConfig:
     depformer_num_heads: int = 16
     depformer_num_layers: int = 6
     depformer_weights_per_step_schedule: tuple[int, ...] | None = None
+    depformer_low_rank_embeddings: int | None = None
+    extra_heads_num_heads: int = 0
+    extra_heads_dim: int = 6
+    conditioners: tuple[Conditioner, ...] = ()
+    model_type: str = "moshi"
     delays: tuple[int, ...] = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
     attention: AttentionKind = "window"
     sinks: int = 0
@@ -131,11 +195,13 @@ class MoshiConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "delays", tuple(self.delays))
+        object.__setattr__(self, "conditioners", tuple(self.conditioners))
         if self.depformer_weights_per_step_schedule is not None:
             schedule = tuple(self.depformer_weights_per_step_schedule)
             object.__setattr__(self, "depformer_weights_per_step_schedule", schedule)
         self._check_sizes()
         self._check_streams()
+        self._check_conditioners()
         self._check_ttt()
 
     @classmethod
@@ -146,25 +212,28 @@ class MoshiConfig:
             ValueError: a field is unknown (with a suggestion), or holds a value this model does not implement.
         """
         raw = dict(config) if isinstance(config, Mapping) else json.loads(pathlib.Path(config).read_text())
-        known = {field.name for field in dataclasses.fields(cls)} - {"attention", "sinks", "ttt", "dtype", "remat"}
-        chosen = {}
-        for name, value in raw.items():
-            if name in known:
-                chosen[name] = tuple(value) if isinstance(value, list) else value
-            elif name in _SUPPORTED_VALUES:
-                _check_supported(name, value)
-            elif name not in _NOT_THE_MODEL:
-                raise ValueError(_unknown_field(name, known | _SUPPORTED_VALUES.keys()))
-        if isinstance(chosen.get("depformer_dim_feedforward"), tuple):
-            raise ValueError("depformer_dim_feedforward must be one int, a list per step is not supported")
-        if raw.get("text_card_out") not in (None, chosen.get("text_card", cls.text_card)):
-            raise ValueError(f"text_card_out={raw['text_card_out']} different from text_card is not supported")
+        chosen = kyutai.read_fields(raw, _kyutais(dataclasses.asdict(cls())))
+        chosen["conditioners"] = tuple(Conditioner(**fields) for fields in kyutai.read_conditioners(raw))
         return cls(**chosen)
+
+    def to_kyutai(self) -> dict[str, Any]:
+        """The `config.json` that Kyutai's code reads, in full; it has no fields for TTT, segments, sinks and dtypes."""
+        return kyutai.write_fields(_kyutais(dataclasses.asdict(self)))
 
     @property
     def num_streams(self) -> int:
         """Streams read: text and n_q of audio."""
         return 1 + self.n_q
+
+    @property
+    def user_q(self) -> int:
+        """Audio streams of the user, the last ones; PersonaPlex predicts them too, they may be given all the same."""
+        return self.n_q // 2 if self.model_type == "personaplex" else self.n_q - self.dep_q
+
+    @property
+    def voice_q(self) -> int:
+        """Audio streams of the model's own voice, the first ones."""
+        return self.n_q - self.user_q
 
     @property
     def max_delay(self) -> int:
@@ -199,20 +268,26 @@ class MoshiConfig:
         return LayerAttention(ttt.attention, ttt.context or self.context, sinks)
 
     def _check_sizes(self):
-        names = ("dim", "text_card", "n_q", "dep_q", "card", "num_heads", "num_layers", "context")
-        names += ("depformer_dim", "depformer_num_heads", "depformer_num_layers")
+        names = ("dim", "text_card", "n_q", "card", "num_heads", "num_layers", "context")
+        names += ("depformer_dim", "depformer_num_heads", "depformer_num_layers", "extra_heads_dim")
         for name in names:
             _check_positive(name, getattr(self, name))
-        _check_not_negative("sinks", self.sinks)
+        _check_not_negative("dep_q", self.dep_q, "streams")
+        _check_not_negative("extra_heads_num_heads", self.extra_heads_num_heads, "heads")
+        for name in ("existing_text_padding_id", "existing_text_end_padding_id"):
+            _check_not_negative(name, getattr(self, name), "a text token")
+        _check_not_negative("sinks", self.sinks, "frames")
         for name in ("hidden_scale", "max_period"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
-        if self.depformer_dim_feedforward is not None:
-            _check_positive("depformer_dim_feedforward", self.depformer_dim_feedforward)
+        for name in ("depformer_dim_feedforward", "depformer_low_rank_embeddings"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
         _check_divisible("dim", self.dim, "num_heads", self.num_heads)
         _check_divisible("depformer_dim", self.depformer_dim, "depformer_num_heads", self.depformer_num_heads)
         if self.dim // self.num_heads % 2:
             raise ValueError(f"dim / num_heads must be even for the rotary embedding, got {self.dim // self.num_heads}")
+        _check_choice("model_type", self.model_type, MODEL_TYPES)
         _check_choice("attention", self.attention, ATTENTION_KINDS)
         _check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
 
@@ -233,11 +308,16 @@ class MoshiConfig:
             raise ValueError(
                 f"depformer_weights_per_step_schedule must hold dep_q = {self.dep_q} values, got {len(schedule)}"
             )
-        if set(schedule) != set(range(max(schedule) + 1)):
+        if set(schedule) != set(range(len(set(schedule)))):
             raise ValueError(
                 f"depformer_weights_per_step_schedule must use every weight set 0 .. max, got {schedule}: unused sets "
                 "would never be trained"
             )
+
+    def _check_conditioners(self):
+        names = [conditioner.name for conditioner in self.conditioners]
+        if len(set(names)) != len(names):
+            raise ValueError(f"conditioners must have different names, got {names}")
 
     def _check_ttt(self):
         if self.ttt is None:
@@ -298,53 +378,10 @@ def check_tokens_shape(name: str, tokens, shape: tuple[int | None, int, int | No
         raise ValueError(f"{name} must be integers (int32), got {tokens.dtype}")
 
 
-_SUPPORTED_VALUES: dict[str, tuple] = {
-    "causal": (True,),
-    "layer_scale": (None,),
-    "gating": ("silu",),
-    "norm": ("rms_norm_f32",),
-    "norm_emb": (False,),
-    "bias_proj": (False,),
-    "positional_embedding": ("rope",),
-    "cross_attention": (False,),
-    "depformer_layer_scale": (None,),
-    "depformer_multi_linear": (True,),
-    "depformer_gating": ("silu",),
-    "depformer_pos_emb": ("none",),
-    "depformer_weights_per_step": (True,),
-    "depformer_low_rank_embeddings": (None,),
-    "depformer_norm": (None,),
-    "demux_second_stream": (False,),
-    "demux_second_text_stream": (False,),
-    "extra_heads_num_heads": (0,),
-    "conditioners": (None, {}),
-    "fuser": (None, {}),
-    "lora": (False,),
-    "quantize": (False,),
-    "model_type": ("moshi",),
-}
-"""Fields of Kyutai's that this model implements for one value only (None, where None means off, always passes)."""
-
-_NOT_THE_MODEL = frozenset(
-    (
-        *("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "lora_rank", "lora_scaling"),
-        *("lm_gen_config", "tts_config", "stt_config", "model_id", "extra_heads_dim", "text_card_out"),
-        *("depformer_causal", "depformer_context", "depformer_max_period", "gradient_checkpointing"),
-    )
-)
-"""Fields that do not change the model here: file names, sampling defaults, or unused without their switch."""
-
-
-def _check_supported(name: str, value: Any):
-    supported = _SUPPORTED_VALUES[name]
-    if value not in supported:
-        raise ValueError(f"{name}={value!r} is not supported; this model implements {name}={supported[0]!r}")
-
-
-def _unknown_field(name: str, known) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(known))}"
-    return f"unknown field {name!r} in the Moshi config; {hint}"
+def _kyutais(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without this project's own fields."""
+    own = ("attention", "sinks", "ttt", "dtype", "remat")
+    return {name: value for name, value in fields.items() if name not in own}
 
 
 def _check_positive(name: str, value: Any):
@@ -352,9 +389,9 @@ def _check_positive(name: str, value: Any):
         raise ValueError(f"{name} must be an int >= 1, got {value!r}")
 
 
-def _check_not_negative(name: str, value: Any):
+def _check_not_negative(name: str, value: Any, unit: str):
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be an int >= 0 (frames), got {value!r}")
+        raise ValueError(f"{name} must be an int >= 0 ({unit}), got {value!r}")
 
 
 def _check_divisible(name: str, value: int, by: str, divisor: int):
