@@ -149,7 +149,7 @@ def _joined(config: MoshiConfig, layer: str, parts: dict[str, Any]) -> dict[str,
         heads = config.num_heads
 
         def join():
-            return np.concatenate([_interleaved(q, heads), _interleaved(k, heads), np.asarray(v)])
+            return np.concatenate([interleaved(q, heads), interleaved(k, heads), np.asarray(v)])
 
         return {f"{layer}.self_attn.in_projs.0.weight": computed((3 * q.shape[0], q.shape[1]), q.dtype, join)}
     shape = (3 * q.shape[1], q.shape[2])
@@ -161,7 +161,7 @@ def _joined(config: MoshiConfig, layer: str, parts: dict[str, Any]) -> dict[str,
     }
 
 
-def _interleaved(x, heads: int) -> np.ndarray:
+def interleaved(x, heads: int) -> np.ndarray:
     """Rows of every head from (all first halves of the rotated pairs, all second ones) to pair by pair."""
     rows, columns = x.shape
     return np.asarray(x).reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)

@@ -1,46 +1,88 @@
 """Kyutai's Mimi checkpoints to this library's parameter tree, and back by the same table."""
 
+import re
+from typing import Any
+
 import numpy as np
 
+from ttt_jax.convert.fused import split_fused
+from ttt_jax.convert.hugging_face import interleaved
 from ttt_jax.convert.table import Rule, Table, Tensors, make_params
+from ttt_jax.convert.tensors import computed
 from ttt_jax.models.mimi.config import MimiConfig
 
-LEGACY_NAMES = {
-    "self_attn.in_proj_weight": "self_attn.in_projs.0.weight",
-    "self_attn.out_proj.weight": "self_attn.out_projs.0.weight",
+_HUGGING_FACE_NAMES = {
+    r"(\.conv(tr)?)+\.": ".conv.",
+    r"coder\.model\.": "coder.layers.",
+    r"_transformer\.transformer\.": "_transformer.",
+    r"self_attn\.out_projs\.0": "self_attn.o_proj",
+    r"linear(\d)": r"mlp.fc\1",
+    r"norm1": "input_layernorm",
+    r"norm2": "post_attention_layernorm",
+    r"layer_scale_1": "self_attn_layer_scale",
+    r"layer_scale_2": "mlp_layer_scale",
+    r"rvq_first(\.vq)?": "semantic_residual_vector_quantizer",
+    r"rvq_rest(\.vq)?": "acoustic_residual_vector_quantizer",
+    r"_codebook\._?": "codebook.",
+    r"embedding_sum": "embed_sum",
 }
-"""What some files call the attention's weights, and what they are called now."""
+"""Parts of Kyutai's names, and what they are in transformers."""
+
+_JOINED = "self_attn.in_projs.0"
+"""Is q, k and v there."""
 
 
-def mimi_params(config: MimiConfig, tensors: Tensors, dtype=None):
-    """The Flax parameter tree of `Mimi(config)` from Kyutai's tensors, every level of the quantizer included.
+def mimi_params(config: MimiConfig, tensors: Tensors) -> dict[str, Any]:
+    """The Flax parameter tree of `Mimi(config)` from Kyutai's tensors, in float32.
 
-    Kernels are transposed, levels stacked on a leading axis. `self_attn.in_proj_weight` / `out_proj.weight` and
-    `in_projs.0.weight` / `out_projs.0.weight` are both read.
+    Kernels are transposed, the quantizer's levels (all of them, used or not) stacked on a leading axis.
+    `self_attn.in_proj_weight` / `out_proj.weight` and `in_projs.0.weight` / `out_projs.0.weight` are both read.
 
     Args:
-        config: sizes; `num_codebooks` does not matter.
+        config: sizes.
         tensors: name to array (anything `numpy.asarray` takes).
-        dtype: of every leaf; None keeps those of the tensors.
 
     Raises:
         ValueError: one error that lists every missing, unexpected or misshapen tensor.
     """
-    return make_params(mimi_table(config), current_names(tensors), dtype)
+    table = mimi_table(config)
+    return make_params(table, split_fused(table, tensors), np.float32)
 
 
-def current_names(tensors: Tensors) -> dict:
-    """The same tensors, the attention's under their current names."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        for legacy, current in LEGACY_NAMES.items():
-            name = name.removesuffix(legacy) + current if name.endswith(legacy) else name
-        renamed[name] = tensor
+def is_hugging_face(tensors: Tensors) -> bool:
+    """Whether the tensors are named as in transformers (`MimiModel`)."""
+    return any(name.startswith("encoder.layers.") for name in tensors)
+
+
+def mimi_from_hugging_face(config: MimiConfig, tensors: Tensors) -> dict[str, Any]:
+    """The tensors of a `MimiModel` of transformers under Kyutai's current names; unknown ones keep their names.
+
+    There q, k and v are separate, and q and k permuted for a rotary embedding of half-split instead of interleaved
+    pairs.
+    """
+    renamed = dict(tensors)
+    for name in mimi_table(config).shapes:
+        theirs = name
+        for ours, pattern in _HUGGING_FACE_NAMES.items():
+            theirs = re.sub(ours, pattern, theirs)
+        parts = [theirs]
+        if _JOINED in name:
+            parts = [theirs.replace(_JOINED, f"self_attn.{part}_proj") for part in "qkv"]
+        if all(part in renamed for part in parts):  # else an error will list them
+            found = [renamed.pop(part) for part in parts]
+            renamed[name] = _joined(config, *found) if len(found) > 1 else found[0]
     return renamed
 
 
+def _joined(config: MimiConfig, q, k, v):
+    def join():
+        return np.concatenate([interleaved(q, config.num_heads), interleaved(k, config.num_heads), np.asarray(v)])
+
+    return computed((3 * q.shape[0], *q.shape[1:]), q.dtype, join)
+
+
 def mimi_table(config: MimiConfig) -> Table:
-    """Kyutai's tensors under their current names."""
+    """Every parameter of `Mimi(config)`, by the current names of Kyutai's code."""
     c = config
     square = (c.dimension, c.dimension, 2 * c.stride)
     rules = [*_encoder(c), *_decoder(c)]

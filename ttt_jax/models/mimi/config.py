@@ -1,13 +1,14 @@
 """What a Mimi is: sizes of its convolutions, transformers and codebooks, and how many of these are used."""
 
 import dataclasses
-import difflib
 import json
 import math
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from ttt_jax.models.mimi.published import as_kyutai, hugging_face_fields, kyutai_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +86,21 @@ class MimiConfig:
         Raises:
             ValueError: a field is unknown (with a suggestion), or holds a value this model does not implement.
         """
-        raw = dict(config) if isinstance(config, Mapping) else json.loads(pathlib.Path(config).read_text())
-        parts = {name: raw.pop(name, None) or {} for name in ("seanet", "quantizer", "transformer")}
-        chosen = _chosen("", raw, {"sample_rate": "sample_rate", "frame_rate": "frame_rate"})
-        for name, part in parts.items():
-            chosen |= _chosen(f"{name}.", part, _KYUTAI_FIELDS[name])
-        return _built(cls, chosen, num_codebooks, parts)
+        raw = config if isinstance(config, Mapping) else json.loads(pathlib.Path(config).read_text())
+        return cls(**kyutai_fields(raw, _published()), num_codebooks=num_codebooks)
+
+    @classmethod
+    def from_hugging_face(cls, config: Mapping[str, Any], num_codebooks: int = 8) -> "MimiConfig":
+        """From the config.json of a Mimi in transformers; what is missing or None takes the published value.
+
+        Raises:
+            ValueError: a field holds a value this model does not implement.
+        """
+        return cls(**hugging_face_fields(config, _published()), num_codebooks=num_codebooks)
+
+    def to_kyutai(self) -> dict[str, Any]:
+        """The config that `from_kyutai` reads, JSON-serializable; how the model is used is not part of it."""
+        return as_kyutai(dataclasses.asdict(self))
 
     @property
     def stride(self) -> int:
@@ -145,100 +155,11 @@ _SIZES = (
     *("codebook_dim", "n_q", "n_q_semantic", "bins", "num_codebooks"),
 )
 
-_KYUTAI_FIELDS: dict[str, dict[str, str]] = {
-    "seanet": {
-        name: name
-        for name in (
-            *("dimension", "n_filters", "n_residual_layers", "ratios", "kernel_size", "residual_kernel_size"),
-            *("last_kernel_size", "dilation_base", "compress"),
-        )
-    },
-    "quantizer": {"dimension": "codebook_dim", "n_q": "n_q", "n_q_semantic": "n_q_semantic", "bins": "bins"},
-    "transformer": {
-        name: name for name in ("num_heads", "num_layers", "dim_feedforward", "context", "max_period", "layer_scale")
-    },
-}
-"""Kyutai's fields, part by part, and what they are called here."""
-
-_SAME_AS_DIMENSION = {
-    "quantizer": ("input_dimension", "output_dimension"),
-    "transformer": ("d_model", "input_dimension", "output_dimensions"),
-}
-"""Widths that may differ from `seanet.dimension` in Kyutai's code, with a projection this model does not have."""
-
-_SUPPORTED_VALUES: dict[str, tuple] = {
-    "channels": (1,),
-    "seanet.channels": (1,),
-    "seanet.causal": (True,),
-    "seanet.activation": ("ELU",),
-    "seanet.activation_params": ({"alpha": 1.0},),
-    "seanet.final_activation": (),
-    "seanet.norm": ("none",),
-    "seanet.pad_mode": ("constant",),
-    "seanet.true_skip": (True,),
-    "seanet.trim_right_ratio": (1.0,),
-    "transformer.causal": (True,),
-    "transformer.conv_layout": (True,),
-    "transformer.gating": ("none",),
-    "transformer.norm": ("layer_norm",),
-    "transformer.positional_embedding": ("rope",),
-    "transformer.kv_repeat": (1,),
-}
-"""Fields that this model implements for one value only; None, where it stands for that value, always passes."""
-
-_NOT_THE_MODEL = frozenset(
-    (
-        *("seanet.disable_norm_outer_blocks", "seanet.norm_params", "seanet.final_activation_params"),
-        *("quantizer.q_dropout", "quantizer.no_quantization_rate", "quantizer.decay"),
-        *("quantizer.threshold_usage_ratio", "quantizer.replaced_usage_ratio", "transformer.checkpointing"),
-    )
-)
-"""Fields that matter to training alone, or not without their switch."""
-
-
-def _chosen(part: str, raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of `MimiConfig` out of one part of Kyutai's config, whose unsupported and unknown ones are refused."""
-    same = _SAME_AS_DIMENSION.get(part.rstrip("."), ())
-    chosen = {}
-    for name, value in raw.items():
-        full = part + name
-        if name in names:
-            if value is not None:
-                chosen[names[name]] = tuple(value) if isinstance(value, list) else value
-        elif full in _SUPPORTED_VALUES:
-            _check_supported(full, value)
-        elif name not in same and full not in _NOT_THE_MODEL:
-            known = {*names, *same} | {key.removeprefix(part) for key in _SUPPORTED_VALUES if key.startswith(part)}
-            raise ValueError(_unknown_field(full, {part + key for key in known}))
-    return chosen
-
-
-def _built(cls, chosen: dict[str, Any], num_codebooks: int, parts: Mapping[str, Mapping[str, Any]]) -> MimiConfig:
-    config = cls(**chosen, num_codebooks=num_codebooks)
-    for part, names in _SAME_AS_DIMENSION.items():
-        for name in names:
-            value = parts[part].get(name)
-            if value not in (None, config.dimension, [config.dimension], (config.dimension,)):
-                raise ValueError(
-                    f"{part}.{name}={value!r} is not supported; this model has no projection there, so it must be "
-                    f"seanet.dimension = {config.dimension}"
-                )
-    return config
-
-
-def _check_supported(name: str, value: Any):
-    supported = _SUPPORTED_VALUES[name]
-    if value is not None and value not in supported:
-        implemented = f"{name}={supported[0]!r}" if supported else f"no {name}"
-        raise ValueError(f"{name}={value!r} is not supported; this model implements {implemented}")
-
-
-def _unknown_field(name: str, known) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(known))}"
-    return f"unknown field {name!r} in the Mimi config; {hint}"
-
 
 def _check_positive(name: str, value: Any):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def _published() -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(MimiConfig)}
