@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.layers.linear import linear
+
 KERNEL_INIT = nn.initializers.lecun_normal()
 
 
@@ -30,5 +32,5 @@ class GatedMLP(nn.Module):
         width = x.shape[-1]
         linear_in = self.param("linear_in", KERNEL_INIT, (width, 2 * self.hidden_size), jnp.float32)
         linear_out = self.param("linear_out", KERNEL_INIT, (self.hidden_size, width), jnp.float32)
-        hidden = gated_silu(x.astype(self.dtype) @ linear_in.astype(self.dtype))
-        return hidden @ linear_out.astype(self.dtype)
+        hidden = gated_silu(linear(self, "linear_in", x.astype(self.dtype), linear_in))
+        return linear(self, "linear_out", hidden, linear_out)

@@ -11,8 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-LINEARS = ("in_proj", "out_proj", "linear_in", "linear_out", "text_linear", "depformer_in", "linears")
-"""Names of the kernels that get factors: Moshi's linear layers; not embeddings, norms, TTT layers and gates."""
+from ttt_jax.layers.linear import LORA
+
+LINEARS = (
+    *("in_proj", "out_proj", "linear_in", "linear_out", "text_linear", "depformer_in", "linears"),
+    "depformer_low_rank",
+)
+"""Names of the kernels that get factors: Moshi's linear layers; not embeddings, norms, conditioners, extra heads, TTT
+layers and gates."""
 
 FACTORS = ("A", "B")
 
@@ -30,6 +36,11 @@ def init_factors(rng: jax.Array, params: Any, rank: int) -> dict[str, Any]:
     return unflatten_dict(factors)
 
 
+def collection(factors: Any, scaling: float) -> dict[str, Any]:
+    """The variables to apply Moshi with beside its "params", for `W + scaling * A B` in the place of each kernel W."""
+    return {LORA: jax.tree.map_with_path(lambda path, leaf: leaf * scaling if path[-1].key == "A" else leaf, factors)}
+
+
 def merge(params: Any, factors: Any, scaling: float) -> Any:
     """A plain Moshi tree: `params` with `scaling * A B` added to each kernel that has `factors`; dtypes stay."""
     merged = dict(params)
@@ -41,4 +52,4 @@ def merge(params: Any, factors: Any, scaling: float) -> Any:
 def _adapted(kernel, factors, scaling):
     # Full precision whatever the default is, so that the model in training and the exported one agree.
     product = jnp.matmul(factors["A"], factors["B"], precision=jax.lax.Precision.HIGHEST)
-    return kernel + (scaling * product).astype(kernel.dtype)
+    return (kernel.astype(product.dtype) + scaling * product).astype(kernel.dtype)
