@@ -8,7 +8,7 @@ import numpy as np
 from ttt_jax.convert.fused import split_fused
 from ttt_jax.convert.table import Rule, Table, Tensors, make_params
 from ttt_jax.layers.mlp import gated_hidden_size
-from ttt_jax.models.moshi.config import MoshiConfig
+from ttt_jax.models.moshi.config import Conditioner, MoshiConfig
 
 
 def moshi_params(config: MoshiConfig, tensors: Tensors) -> dict[str, Any]:
@@ -43,15 +43,34 @@ def moshi_table(config: MoshiConfig) -> Table:
     hidden = gated_hidden_size(c.dim, int(c.hidden_scale * c.dim))
     for i in range(c.num_layers):
         rules += _temporal_layer(f"layers_{i}", f"transformer.layers.{i}", c.dim, hidden)
-    return Table((*rules, *_depth_rules(c)))
+    if c.extra_heads_num_heads:
+        rules.append(
+            _stacked("extra_heads", "extra_heads.{}.weight", c.extra_heads_num_heads, (c.extra_heads_dim, c.dim))
+        )
+    for conditioner in c.conditioners:
+        rules += _conditioner(conditioner, c.dim)
+    return Table((*rules, *(_depth_rules(c) if c.dep_q else ())))
+
+
+def _conditioner(conditioner: Conditioner, width: int) -> Iterable[Rule]:
+    path, name = f"conditioners_{conditioner.name}", f"condition_provider.conditioners.{conditioner.name}"
+    yield Rule(f"{path}/embed", (f"{name}.embed.weight",), (conditioner.n_bins + 1, conditioner.dim))
+    yield _kernel(f"{path}/output_proj", f"{name}.output_proj.weight", (width, conditioner.dim))
+    yield Rule(f"{path}/learnt_padding", (f"{name}.learnt_padding",), (1, 1, width), view=(width,))
 
 
 def _depth_rules(c: MoshiConfig) -> Iterable[Rule]:
     sets, dim = max(c.depth_schedule) + 1, c.depformer_dim
-    yield Rule("depformer/depformer_text_emb", ("depformer_text_emb.weight",), (c.text_card + 1, dim))
-    if c.dep_q > 1:
-        shape = (c.card + 1, dim)
-        yield _stacked("depformer/depformer_emb", "depformer_emb.{}.weight", c.dep_q - 1, shape, transpose=False)
+    rank = c.depformer_low_rank_embeddings or dim
+    yield Rule("depformer/depformer_text_emb", ("depformer_text_emb.weight",), (c.text_card + 1, rank))
+    tables = [f"depformer_emb.{k}" for k in range(c.dep_q - 1)]
+    if tables:
+        yield Rule(
+            "depformer/depformer_emb", tuple(f"{name}.weight" for name in tables), (c.card + 1, rank), stack=True
+        )
+    if c.depformer_low_rank_embeddings is not None:
+        names = tuple(f"{name}.low_rank.weight" for name in ("depformer_text_emb", *tables))
+        yield Rule("depformer/depformer_low_rank", names, (dim, rank), transpose=True, stack=True)
     yield _stacked("depformer/depformer_in", "depformer_in.{}.weight", sets, (dim, c.dim))
     yield _stacked("depformer/linears", "linears.{}.weight", c.dep_q, (c.card, dim))
     hidden = gated_hidden_size(dim, c.depformer_dim_feedforward or int(c.hidden_scale * dim))
