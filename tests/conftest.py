@@ -35,6 +35,6 @@ def strict_dtype_promotion(request):
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
     return TESTS / "data"

@@ -1,8 +1,12 @@
 import json
 
 import pytest
+from safetensors.numpy import load_file
 
+from ttt_jax import save_model
+from ttt_jax.convert import mimi_params
 from ttt_jax.data import conversations, reader
+from ttt_jax.models.mimi import MimiConfig
 
 SMALL = {"hours": 0.015, "seed": 5, "min_minutes": 0.2, "max_minutes": 0.4}
 
@@ -19,6 +23,15 @@ def small_dataset(tmp_path_factory):
     output = tmp_path_factory.mktemp("conversations") / "small"
     conversations.make(output, **SMALL, keep_wav=1, workers=2)
     return output
+
+
+@pytest.fixture(scope="session")
+def mimi_directory(tmp_path_factory, data_dir):
+    """A converted Mimi with random weights, 16 codebooks of 64 of which 8 are used."""
+    config = MimiConfig.from_kyutai(data_dir / "mimi_tiny.json")
+    directory = tmp_path_factory.mktemp("mimi") / "tiny"
+    save_model(directory, config, mimi_params(config, load_file(data_dir / "mimi_tiny.safetensors")))
+    return directory
 
 
 @pytest.fixture(scope="session")

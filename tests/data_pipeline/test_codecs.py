@@ -90,7 +90,7 @@ def test_missing_frames_decode_to_silence_and_out_of_field_values_are_clipped():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"codec: expected one of \['codec2'\], got 'opus'"):
+    with pytest.raises(ValueError, match=r"codec: expected one of \['codec2', 'mimi'\], got 'opus'"):
         codecs.get_codec("opus")
     with pytest.raises(ValueError, match="not finite"):
         codecs.Codec2().encode(np.array([0.0, np.nan]))

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from ttt_jax.data import beam, pipeline, prepare, reader
+from ttt_jax.data import beam, pipeline, prepare, processes, reader
 from ttt_jax.data.audio import BadRecordingError
+from ttt_jax.data.codecs import get_codec
 
 
 class Noise:
@@ -37,7 +38,7 @@ class Noise:
 
 
 def plan(output, **settings):
-    return pipeline.Plan(output, settings, "codec2", None, 100, 2)
+    return pipeline.Plan(output, settings, get_codec("codec2"), None, 100, 2)
 
 
 def split(ids):
@@ -67,7 +68,7 @@ def test_a_dead_worker_stops_the_build_and_a_rerun_keeps_what_was_done(tmp_path,
     calls.mkdir()
     output = tmp_path / "out"
     sources = [Noise("a", 3, calls=calls), Noise("b", 2, fail="die"), Noise("c", 1, calls=calls)]
-    one_at_a_time = pipeline.Plan(output, {}, "codec2", None, 100, 1)
+    one_at_a_time = pipeline.Plan(output, {}, get_codec("codec2"), None, 100, 1)
     with pytest.raises(RuntimeError, match="process for 'b' ended with exit code 7"):
         pipeline.build(one_at_a_time, sources, split)
     with pytest.raises(FileNotFoundError, match="no finished token dataset"):
@@ -146,7 +147,7 @@ def test_a_task_holds_all_that_a_worker_elsewhere_needs(worker_elsewhere, monkey
 
 def test_workers_that_write_to_another_disk_are_told(monkeypatch, tmp_path):
     monkeypatch.setattr(beam, "run", lambda function, tasks, flags: None)
-    distributed = pipeline.Plan(tmp_path / "out", {}, "codec2", None, 100, 2, beam_options="")
+    distributed = pipeline.Plan(tmp_path / "out", {}, get_codec("codec2"), None, 100, 2, beam_options="")
     with pytest.raises(RuntimeError, match=r"left nothing about 'a' in .*shared storage at the same path"):
         pipeline.build(distributed, [Noise("a")], split)
 
@@ -160,7 +161,7 @@ def test_threads_may_run_processes_at_the_same_time(monkeypatch):
     monkeypatch.setattr(forkserver, "read_signed", slow)
 
     def run(thread):
-        return [list(pipeline.run_in_fresh_processes([(f"{thread}", os.getpid, ())], 1)) for _ in range(5)]
+        return [list(processes.run_in_fresh_processes([(f"{thread}", os.getpid, ())], 1)) for _ in range(5)]
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(run, range(8))) == [[[f"{thread}"]] * 5 for thread in range(8)]
@@ -184,5 +185,5 @@ def test_a_long_recording_streams():
             assert sum(ref() is not None for ref in made) <= 3
             yield block
 
-    codes = pipeline.encode_blocks(blocks(), pipeline.get_codec("codec2"))
+    codes = pipeline.encode_blocks(blocks(), get_codec("codec2"))
     assert codes.shape == (16, 250)

@@ -1,8 +1,19 @@
 """Audio codecs: waveforms in blocks to codes, and codes back to a waveform."""
 
+import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from ttt_jax.data.tokens import TokenInfo
+
+if TYPE_CHECKING:
+    from ttt_jax.data.mimi import MimiCodec
+
+
+type Codec = Codec2 | MimiCodec
+"""Picklable; what is documented in `Codec2` both have."""
 
 _SUBFRAMES = 2  # 40 ms Codec2 frames per 80 ms frame
 _FIELD_BITS = (
@@ -29,6 +40,16 @@ class Codec2:
     Two 40 ms frames make one 80 ms frame; each gives four fields, in time order: the two stages of the spectral vector
     quantizer (9 bits each), energy (4 bits) and pitch (6 bits). Source: Rowe, "Codec 2 700C" (2017); mode 700C of
     libcodec2. Digital silence is one constant frame.
+
+    Attributes:
+        name: what `get_codec` knows it by.
+        frame_rate_hz: frames per second.
+        sample_rate_hz: of the audio it reads and writes.
+        num_codebooks: codes per frame.
+        card: codes lie in [0, card).
+        frame_samples: samples per frame.
+        directory: of its weights; None where it has none.
+        shares_a_process: whether it takes so long to start that one process encodes all recordings.
     """
 
     name = "codec2"
@@ -37,6 +58,8 @@ class Codec2:
     num_codebooks = _SUBFRAMES * len(_FIELD_BITS)
     card = 512
     frame_samples = 640
+    directory = None
+    shares_a_process = False
 
     def encoder(self) -> "Codec2Encoder":
         """A fresh streaming encoder for one channel."""
@@ -108,17 +131,57 @@ class Codec2Encoder:
         return self.push(np.zeros(missing, np.float32))
 
 
-CODECS = {Codec2.name: Codec2}
+CODECS = ("codec2", "mimi")
 
 
-def get_codec(name: str) -> Codec2:
-    """The codec of that name; ValueError lists those that exist."""
+def get_codec(name: str, directory: str | os.PathLike | None = None, num_codebooks: int | None = None) -> Codec:
+    """The codec of that name.
+
+    Args:
+        name: one of `CODECS`.
+        directory: of the converted Mimi, which needs one.
+        num_codebooks: per frame; None takes all of Codec2, and of Mimi what its checkpoint says.
+
+    Raises:
+        ValueError: an unknown name, weights for a codec without, none or other weights for Mimi, or a number of
+            codebooks that the codec does not have.
+    """
     if name not in CODECS:
-        raise ValueError(f"codec: expected one of {sorted(CODECS)}, got {name!r}")
-    return CODECS[name]()
+        raise ValueError(f"codec: expected one of {list(CODECS)}, got {name!r}")
+    if name == "mimi":
+        if directory is None:
+            raise ValueError(
+                "mimi: the codec mimi needs --mimi=DIR, a converted Mimi: "
+                "python -m ttt_jax.convert --source=mimi --input=FILE.safetensors --output=DIR"
+            )
+        from ttt_jax.data.mimi import open_mimi
+
+        return open_mimi(os.fspath(directory), num_codebooks)
+    if directory is not None:
+        raise ValueError(f"mimi: the codec {name} has no weights, got {directory}; did you mean --codec=mimi?")
+    if num_codebooks not in (None, Codec2.num_codebooks):
+        raise ValueError(f"num_codebooks: the codec {name} has {Codec2.num_codebooks}, got {num_codebooks}")
+    return Codec2()
 
 
-def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec2) -> np.ndarray:
+def codec_of(info: TokenInfo) -> Codec:
+    """The codec that a dataset was made with; ValueError where its weights are no longer what they were."""
+    try:
+        codec = get_codec(info.codec, info.codec_directory, info.num_codebooks)
+    except ValueError as error:
+        raise ValueError(
+            f"the dataset's codec cannot be opened: {error}. Its weights were in {info.codec_directory}: put them back "
+            "there, or write where they are now as codec_directory into the dataset's tokens.json"
+        ) from error
+    if codec.card != info.card:
+        raise ValueError(
+            f"the dataset's codec: {info.codec_directory} has codes in [0, {codec.card}), the dataset in "
+            f"[0, {info.card}); it holds another {info.codec} than the data was made with"
+        )
+    return codec
+
+
+def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec) -> np.ndarray:
     """Encode a stream of float [channels, samples] blocks, each channel by its own encoder.
 
     Returns:
@@ -134,5 +197,6 @@ def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec2) -> np.ndarray:
     parts.append(np.concatenate([encoder.finish() for encoder in encoders]))
     codes = np.concatenate(parts, axis=1)
     if codes.shape[1] == 0:  # less than one resampled sample: still one frame
-        codes = np.concatenate([encoder.push(np.zeros(codec.frame_samples)) for encoder in encoders])
+        frame = codec.encode(np.zeros(codec.frame_samples, np.float32))
+        codes = np.concatenate([frame] * len(encoders))
     return codes

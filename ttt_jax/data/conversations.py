@@ -17,7 +17,7 @@ import soxr
 from absl import app, flags
 
 from ttt_jax.data import dialogue, pipeline, text
-from ttt_jax.data.codecs import Codec2
+from ttt_jax.data.codecs import CODECS, Codec, get_codec
 from ttt_jax.data.speech import espeak
 
 
@@ -31,7 +31,7 @@ class Conversation:
         self.version = f"{plan.minutes} {plan.facts_per_minute} {plan.questions_per_fact}"
         self.cost = plan.minutes
 
-    def read(self, codec: Codec2) -> pipeline.Speech:
+    def read(self, codec: Codec) -> pipeline.Speech:
         """Synthesize it block by block."""
         script = dialogue.write(self.plan)
         recorder = _Recorder(script, codec)
@@ -44,7 +44,7 @@ class Conversation:
 class _Recorder:
     """Speaks a script turn by turn, each speaker in a channel of its own, and notes when everything was said."""
 
-    def __init__(self, script: dialogue.Script, codec: Codec2):
+    def __init__(self, script: dialogue.Script, codec: Codec):
         self.script = script
         self.rate = codec.sample_rate_hz
         self.frame_rate = codec.frame_rate_hz
@@ -98,6 +98,8 @@ def make(
     facts_per_minute: float = 0.5,
     questions_per_fact: int = 1,
     codec: str = "codec2",
+    mimi: str | None = None,
+    num_codebooks: int | None = None,
     tokenizer: pathlib.Path | None = None,
     vocab_size: int = 1000,
     keep_wav: int = 0,
@@ -113,6 +115,7 @@ def make(
     wav = output.absolute() / "wav"
     sources = [Conversation(o, wav / f"{o.name}.wav" if o.index in tests else None) for o in outlines]
     splits = {source.id: source.plan.split for source in sources}
+    opened = get_codec(codec, mimi, num_codebooks)
     settings = {
         "program": "ttt_jax.data.conversations",
         "hours": hours,
@@ -121,11 +124,13 @@ def make(
         "max_minutes": max_minutes,
         **density,
         "codec": codec,
+        "mimi": opened.directory,
+        "num_codebooks": num_codebooks,
         "tokenizer": None if tokenizer is None else str(tokenizer),
         "vocab_size": vocab_size,
         "keep_wav": keep_wav,
     }
-    plan = pipeline.Plan(output, settings, codec, tokenizer, vocab_size, workers, beam_options)
+    plan = pipeline.Plan(output, settings, opened, tokenizer, vocab_size, workers, beam_options)
     pipeline.build(plan, sources, lambda ids: {i: splits[i] for i in ids})
 
 
@@ -135,7 +140,9 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         flags.DEFINE_float("hours", 8.0, "Hours of conversation, in all splits together.", lower_bound=0.0),
         flags.DEFINE_integer("seed", 0, "Seed of the whole dataset.", lower_bound=0),
         flags.DEFINE_string("output", None, "Directory of the dataset.", required=True),
-        flags.DEFINE_string("codec", "codec2", "Audio codec."),
+        flags.DEFINE_enum("codec", "codec2", CODECS, "Audio codec."),
+        flags.DEFINE_string("mimi", None, "Directory of the converted Mimi that --codec=mimi takes."),
+        flags.DEFINE_integer("num_codebooks", None, "Codebooks of Mimi to use; by default what its checkpoint says."),
         flags.DEFINE_float("min_minutes", 5.0, "Shortest recording.", lower_bound=0.05),
         flags.DEFINE_float("max_minutes", 60.0, "Longest recording.", lower_bound=0.05),
         flags.DEFINE_float("facts_per_minute", 0.5, "Facts planted per minute, at most 24.", lower_bound=0.0),
@@ -143,7 +150,13 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         flags.DEFINE_integer("vocab_size", 1000, "Upper limit of the tokenizer's vocabulary."),
         flags.DEFINE_string("tokenizer", None, "Sentencepiece model to use instead of training one."),
         flags.DEFINE_integer("keep_wav", 0, "Test recordings whose audio is kept in OUTPUT/wav.", lower_bound=0),
-        flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes at a time, without Beam.", lower_bound=1),
+        flags.DEFINE_integer(
+            "workers",
+            None,
+            "Recordings at a time, without Beam; by default one a core, with mimi at "
+            "most 4: this process then encodes on its device, other processes read.",
+            lower_bound=1,
+        ),
         flags.DEFINE_string("beam_options", None, "Work as an Apache Beam pipeline with these flags of Beam's."),
     )
     return {holder.name: holder for holder in holders}
@@ -156,6 +169,7 @@ def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
     values = {name: holder.value for name, holder in holders.items()}
     values["output"] = pathlib.Path(values["output"])
     values["tokenizer"] = pathlib.Path(values["tokenizer"]) if values["tokenizer"] else None
+    values["workers"] = values["workers"] or pipeline.default_workers(values["codec"])
     try:
         make(**values)
     except (ValueError, RuntimeError, ImportError) as error:

@@ -11,14 +11,12 @@ import functools
 import hashlib
 import io
 import json
-import multiprocessing
-import multiprocessing.process
 import os
 import pathlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import connection
+from concurrent import futures
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -26,9 +24,9 @@ import sentencepiece
 import tqdm
 from absl import logging
 
-from ttt_jax.data import beam, text, tokens
+from ttt_jax.data import beam, processes, text, tokens
 from ttt_jax.data.audio import BadRecordingError
-from ttt_jax.data.codecs import Codec2, encode_blocks, get_codec
+from ttt_jax.data.codecs import Codec, encode_blocks
 from ttt_jax.files import write_atomically
 
 BUILD_FILE = "build.json"
@@ -36,9 +34,7 @@ RESULT_FILE = "skipped.json"
 WORK_DIR = ".work"
 EXIT_SKIPPED = 3
 _WORDS_PER_LINE = 16
-# A process tells its exit code once, to whoever asks first, and starting one asks after all others.
-_ASKING = threading.Lock()
-_PRELOAD = ["ttt_jax.data.pipeline", "ttt_jax.data.speech", "absl.app", "absl.flags"]
+_MOST_ENCODERS = 4  # at a time on one device: each adds the activations of a block, and they share its speed
 
 
 class Speech(NamedTuple):
@@ -68,7 +64,7 @@ class Source(Protocol):
     version: str
     cost: float
 
-    def read(self, codec: Codec2) -> Speech:
+    def read(self, codec: Codec) -> Speech:
         """Begin reading; BadRecordingError, here or from the blocks, skips the recording."""
         ...
 
@@ -80,10 +76,10 @@ class Plan:
     Attributes:
         output: the dataset's directory.
         settings: every flag that the result depends on, as JSON types; a rerun must come with the same.
-        codec: name of the codec.
+        codec: what tokenizes.
         tokenizer: sentencepiece model to use, or None to train one on the training words.
         vocab_size: upper limit of the trained tokenizer's vocabulary.
-        workers: processes at a time.
+        workers: recordings at a time.
         beam_options: flags of an Apache Beam pipeline (`beam.pipeline_options`) that does the work in place of this
             machine's processes; None goes without Beam. The dataset is the same.
         late_pieces: of `text.text_stream`.
@@ -91,7 +87,7 @@ class Plan:
 
     output: pathlib.Path
     settings: Mapping[str, Any]
-    codec: str
+    codec: Codec
     tokenizer: pathlib.Path | None
     vocab_size: int
     workers: int
@@ -115,7 +111,6 @@ def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], d
         ImportError: Beam is asked for and not installed.
         RuntimeError: a worker died, or another process is building here.
     """
-    get_codec(plan.codec)
     if plan.beam_options is not None:
         beam.pipeline_options(plan.beam_options)
     inputs = _digest(*(f"{source.id}\n{source.version}" for source in sources))
@@ -191,7 +186,7 @@ def _tokenize_all(
     plan: Plan, sources: Sequence[Source], work: pathlib.Path
 ) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
     """Tokenize what is not in the cache yet; id -> cached file, and id -> reason of those skipped."""
-    paths = {s.id: work / f"{_digest(s.id, s.version, plan.codec)}.npz" for s in sources}
+    paths = {s.id: work / f"{_digest(s.id, s.version, plan.codec.name)}.npz" for s in sources}
     if len(paths) != len(sources):
         raise ValueError("sources: expected unique ids")
     todo = sorted((s for s in sources if not paths[s.id].exists()), key=lambda s: -s.cost)
@@ -199,9 +194,10 @@ def _tokenize_all(
     if plan.beam_options is not None:
         beam.run(_in_a_fresh_process, tasks, plan.beam_options)
     else:
+        run = _run_here if plan.codec.shares_a_process else processes.run_in_fresh_processes
         done = len(sources) - len(tasks)
         with tqdm.tqdm(total=len(sources), initial=done, unit="recording", desc="tokenizing") as bar:
-            for _ in run_in_fresh_processes(tasks, plan.workers):
+            for _ in run(tasks, plan.workers):
                 bar.update()
     return _collect(paths, work)
 
@@ -223,49 +219,81 @@ def _collect(paths: Mapping[str, pathlib.Path], work: pathlib.Path) -> tuple[dic
 
 def _in_a_fresh_process(task: tuple[str, Callable, tuple]) -> None:
     """What a Beam worker does with a task; its threads share the worker's process, which a codec may not bear."""
-    for _ in run_in_fresh_processes([task], 1):
+    for _ in processes.run_in_fresh_processes([task], 1):
         pass
 
 
-def run_in_fresh_processes(tasks: Sequence[tuple[str, Callable, tuple]], workers: int) -> Iterator[str]:
-    """Run `(name, function, args)` tasks, each in a process of its own, and yield the names as they finish.
+def default_workers(codec: str) -> int:
+    """Recordings at a time that make sense here: one a core; of those that share a device, a few."""
+    cores = os.cpu_count() or 1
+    return min(cores, _MOST_ENCODERS) if codec == "mimi" else cores
 
-    The processes are forked from a server that has imported the libraries and used none of them. RuntimeError if a
-    process dies; the tasks after it are not started. Threads may run tasks at the same time.
+
+def _run_here(tasks: Sequence[tuple[str, Callable, tuple]], workers: int) -> Iterator[str]:
+    """`processes.run_in_fresh_processes` of `_tokenize` in threads of this process, which the codec shares.
+
+    JAX is used in this process alone; what is read comes from processes that never touch it.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    waiting = list(reversed(tasks))
-    running: dict[int, tuple[str, multiprocessing.process.BaseProcess]] = {}
+    stop = threading.Event()
+    with futures.ThreadPoolExecutor(workers) as pool:
+        running = {
+            pool.submit(_tokenize, _Elsewhere(source, stop), codec, path): name
+            for name, _, (source, codec, path) in tasks
+        }
+        try:
+            for future in futures.as_completed(running):
+                future.result()
+                yield running[future]
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+class _Elsewhere:
+    """A source that a process of its own reads, while this one encodes; RuntimeError once `stop` is set."""
+
+    def __init__(self, source: Source, stop: threading.Event):
+        self._source, self._stop = source, stop
+        self.id, self.version, self.cost = source.id, source.version, source.cost
+
+    def read(self, codec: Codec) -> Speech:
+        rest: list[_Rest] = []
+
+        def blocks() -> Iterator[np.ndarray]:
+            for item in processes.iterate_in_a_fresh_process(self.id, _sent, (self._source, codec)):
+                if self._stop.is_set():
+                    raise RuntimeError("stopped, since another recording failed")
+                if isinstance(item, BadRecordingError):
+                    raise item
+                if isinstance(item, _Rest):
+                    rest.append(item)
+                else:
+                    yield item
+
+        return Speech(blocks(), lambda: rest[0].words, lambda: rest[0].metadata)
+
+
+class _Rest(NamedTuple):
+    words: list[text.Word] | None
+    metadata: dict[str, Any]
+
+
+def _sent(source: Source, codec: Codec) -> Iterator[np.ndarray | _Rest | BadRecordingError]:
+    """What a reading process sends: blocks of audio, then what comes after them, or why the recording is bad."""
     try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                name, function, args = waiting.pop()
-                process = context.Process(target=function, args=args, daemon=True)
-                with _ASKING:
-                    process.start()
-                running[process.sentinel] = (name, process)
-            for sentinel in connection.wait(list(running)):
-                name, process = running.pop(sentinel)  # type: ignore[arg-type]
-                with _ASKING:
-                    process.join()
-                if process.exitcode != 0:
-                    raise RuntimeError(f"the process for {name!r} ended with exit code {process.exitcode} (see above)")
-                yield name
-    finally:
-        for _, process in running.values():
-            process.terminate()
-            with _ASKING:
-                process.join()
+        speech = source.read(codec)
+        yield from speech.blocks
+        yield _Rest(speech.words(), speech.metadata())
+    except BadRecordingError as error:
+        yield error
 
 
 def _skip_file(path: pathlib.Path) -> pathlib.Path:
     return path.with_suffix(".skipped")
 
 
-def _tokenize(source: Source, codec_name: str, path: pathlib.Path) -> None:
+def _tokenize(source: Source, codec: Codec, path: pathlib.Path) -> None:
     """Tokenize one recording into the cache, or leave the reason why it cannot be."""
-    codec = get_codec(codec_name)
     try:
         speech = source.read(codec)
         codes = encode_blocks(speech.blocks, codec)
@@ -343,7 +371,7 @@ def _assemble(
 
     from ttt_jax.data.builder import TokenRecordings, load_builder
 
-    codec = get_codec(plan.codec)
+    codec = plan.codec
     info = tokens.TokenInfo(
         codec=codec.name,
         frame_rate_hz=codec.frame_rate_hz,
@@ -353,6 +381,7 @@ def _assemble(
         text_card=text.RESERVED_IDS if tokenizer is None else _tokenizer(str(tokenizer)).get_piece_size(),
         text_padding_id=text.TEXT_PADDING_ID,
         end_of_padding_id=text.END_OF_PADDING_ID,
+        codec_directory=codec.directory,
     )
     root = work / "tfds"
     shutil.rmtree(root, ignore_errors=True)

@@ -21,7 +21,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 import sys
 from typing import Any
@@ -29,7 +28,7 @@ from typing import Any
 from absl import app, flags
 
 from ttt_jax.data import audio, pipeline, text
-from ttt_jax.data.codecs import Codec2
+from ttt_jax.data.codecs import CODECS, Codec, get_codec
 
 DURATION_TOLERANCE_S = 0.5  # rows may be rounded to whole seconds
 
@@ -52,7 +51,7 @@ class AudioFile:
         self.cost = float(path.stat().st_size) if path in files else 0.0
         self.version = " ".join(f"{f.suffix} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
 
-    def read(self, codec: Codec2) -> pipeline.Speech:
+    def read(self, codec: Codec) -> pipeline.Speech:
         """Stream its audio."""
         if self.row:
             self._check_row()
@@ -153,6 +152,8 @@ def make(
     *,
     dataset: pathlib.Path | None = None,
     codec: str = "codec2",
+    mimi: str | None = None,
+    num_codebooks: int | None = None,
     tokenizer: pathlib.Path | None = None,
     vocab_size: int = 4000,
     test_fraction: float = 0.1,
@@ -173,18 +174,21 @@ def make(
         sources = files_listed(dataset)
     else:
         raise ValueError("audio, dataset: expected one of the two, a folder of audio files or a jsonl file of paths")
+    opened = get_codec(codec, mimi, num_codebooks)
     settings = {
         "program": "ttt_jax.data.prepare",
         "audio": None if audio_folder is None else str(audio_folder.resolve()),
         "dataset": None if dataset is None else str(dataset.resolve()),
         "codec": codec,
+        "mimi": opened.directory,
+        "num_codebooks": num_codebooks,
         "tokenizer": None if tokenizer is None else str(tokenizer),
         "vocab_size": vocab_size,
         "test_fraction": test_fraction,
         "validation_fraction": validation_fraction,
         "seed": seed,
     }
-    plan = pipeline.Plan(output, settings, codec, tokenizer, vocab_size, workers, beam_options, late_pieces="drop")
+    plan = pipeline.Plan(output, settings, opened, tokenizer, vocab_size, workers, beam_options, late_pieces="drop")
     fractions = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
     return pipeline.build(plan, sources, lambda ids: split_by_name(ids, seed=seed, **fractions))
 
@@ -195,13 +199,21 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         flags.DEFINE_string("audio", None, "Folder of audio files, searched with its subfolders."),
         flags.DEFINE_string("dataset", None, "Or a jsonl file that lists them, as moshi-finetune reads it."),
         flags.DEFINE_string("output", None, "Directory of the dataset.", required=True),
-        flags.DEFINE_string("codec", "codec2", "Audio codec."),
+        flags.DEFINE_enum("codec", "codec2", CODECS, "Audio codec."),
+        flags.DEFINE_string("mimi", None, "Directory of the converted Mimi that --codec=mimi takes."),
+        flags.DEFINE_integer("num_codebooks", None, "Codebooks of Mimi to use; by default what its checkpoint says."),
         flags.DEFINE_string("tokenizer", None, "Sentencepiece model to use instead of training one."),
         flags.DEFINE_integer("vocab_size", 4000, "Upper limit of a trained tokenizer's vocabulary."),
         flags.DEFINE_float("test_fraction", 0.1, "Share of the files for the test split."),
         flags.DEFINE_float("validation_fraction", 0.05, "Share of the files for the validation split."),
         flags.DEFINE_integer("seed", 0, "Another seed splits the files differently."),
-        flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes at a time, without Beam.", lower_bound=1),
+        flags.DEFINE_integer(
+            "workers",
+            None,
+            "Recordings at a time, without Beam; by default one a core, with mimi at "
+            "most 4: this process then encodes on its device, other processes read.",
+            lower_bound=1,
+        ),
         flags.DEFINE_string("beam_options", None, "Work as an Apache Beam pipeline with these flags of Beam's."),
     )
     return {holder.name: holder for holder in holders}
@@ -214,6 +226,7 @@ def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
     values = {name: holder.value for name, holder in holders.items()}
     for name in ("audio", "dataset", "output", "tokenizer"):
         values[name] = pathlib.Path(values[name]) if values[name] else None
+    values["workers"] = values["workers"] or pipeline.default_workers(values["codec"])
     try:
         skipped = make(values.pop("audio"), values.pop("output"), **values)
     except (ValueError, RuntimeError, ImportError) as error:

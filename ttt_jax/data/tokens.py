@@ -31,7 +31,7 @@ class TokenInfo:
     """Describes the streams of a token dataset.
 
     Attributes:
-        codec: name of the audio codec (`codecs.get_codec`).
+        codec: name of the audio codec (`codecs.codec_of` opens it).
         frame_rate_hz: frames per second.
         sample_rate_hz: rate of the audio the codec reads and writes.
         num_codebooks: codebooks per speaker.
@@ -39,6 +39,7 @@ class TokenInfo:
         text_card: text tokens lie in [0, text_card).
         text_padding_id: the text token of a frame where no word piece is due.
         end_of_padding_id: the text token of a padding frame that a word follows.
+        codec_directory: where the codec's weights were when the data was made; None where it has none.
     """
 
     codec: str
@@ -49,6 +50,7 @@ class TokenInfo:
     text_card: int
     text_padding_id: int = 3
     end_of_padding_id: int = 0
+    codec_directory: str | None = None
 
     @property
     def num_streams(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 import soxr
 
-from ttt_jax.data.codecs import get_codec
+from ttt_jax.data.codecs import codec_of
 from ttt_jax.data.speech import Voice, espeak
 from ttt_jax.data.text import RESERVED_IDS, Word, text_stream
 from ttt_jax.data.tokens import MISSING, Recording, TokenInfo
@@ -176,7 +176,7 @@ def audio_candidates(
     if lines is None or voice is None:
         return None
     line = lines["own" if fact["owner"] == MAIN else "their"][2]
-    codec = get_codec(info.codec)
+    codec = codec_of(info)
     clips = [
         _speak(line, value, Voice(**voice), answer["start_s"], info) for value in (fact["value"], *fact["distractors"])
     ]

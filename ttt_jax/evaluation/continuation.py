@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from ttt_jax.data.codecs import get_codec
+from ttt_jax.data.codecs import codec_of
 from ttt_jax.data.text import RESERVED_IDS, load_tokenizer
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import UNGENERATED_TOKEN, MoshiConfig, init_stream, stream_step
@@ -89,7 +89,7 @@ def write_wav(path: pathlib.Path, tokens: np.ndarray, other: np.ndarray, info: T
 
 
 def _stereo(tokens: np.ndarray, other: np.ndarray, info: TokenInfo) -> np.ndarray:
-    codec = get_codec(info.codec)
+    codec = codec_of(info)
     channels = [codec.decode(tokens[1 : 1 + info.num_codebooks]), codec.decode(other[:, : tokens.shape[1]])]
     return np.stack(channels, axis=1)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ttt_jax.data.codecs import get_codec
+from ttt_jax.data.codecs import codec_of
 from ttt_jax.data.reader import TokenDataset
 from ttt_jax.evaluation.baselines import StreamTable, empirical_entropy, fit_tables
 from ttt_jax.evaluation.scoring import MEMORIES, Codes, check_streams, score_recordings
@@ -156,7 +156,7 @@ def silent_frames(codes: np.ndarray, dataset: TokenDataset) -> np.ndarray:
     frames = own.shape[1]
     if not frames or (own < 0).all():
         return np.ones(frames, bool)
-    codec = get_codec(info.codec)
+    codec = codec_of(info)
     decoder, parts = codec.decoder(), []
     for start in range(0, frames, DECODED_FRAMES):  # hours of samples at once would be gigabytes
         wav = decoder.push(np.maximum(own[:, start : start + DECODED_FRAMES], 0))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ttt_jax.checkpoint import load
+from ttt_jax.data.codecs import codec_of
 from ttt_jax.data.reader import TokenDataset, open_dataset, splits
 from ttt_jax.data.tokens import TOKENIZER_FILE
 from ttt_jax.evaluation import plots
@@ -59,6 +60,7 @@ class Job:
     def held_out(self) -> TokenDataset:
         """What is scored."""
         recordings = open_dataset(self.dataset, self.split)
+        codec_of(recordings.info)  # now, rather than after hours of scoring
         return recordings if self.max_recordings is None else recordings.first(self.max_recordings)
 
     def write(self, name: str, result: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from ttt_jax.checkpoint import has_checkpoint
 from ttt_jax.config import from_mapping
 from ttt_jax.data.chunks import Chunks, Crops, Stages, Walks
+from ttt_jax.data.codecs import codec_of
 from ttt_jax.data.reader import TokenDataset, open_dataset, splits
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import MoshiConfig
@@ -58,12 +59,13 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path, speaker: Speaker | No
     elif config.validation.every_steps:
         print(f"no validation: {config.data.directory} is too small to hold such a split", file=sys.stderr)
     chunks = training_chunks(config, training)
+    speak = _speak(config, speaker)
     distributed.check_same(repr(config).encode(), "config")
     if not has_checkpoint(workdir):
         check_init_from(config)
     # Last, so that a start that fails leaves nothing behind.
     claim_workdir(workdir, config)
-    return train(config, workdir, chunks, validation, _speak(config, speaker)), config.optimizer.steps
+    return train(config, workdir, chunks, validation, speak), config.optimizer.steps
 
 
 def _speak(config: ExperimentConfig, speaker: Speaker | None) -> Speak | None:
@@ -73,6 +75,7 @@ def _speak(config: ExperimentConfig, speaker: Speaker | None) -> Speak | None:
     if jax.process_count() > 1:  # the parameters are spread over hosts
         return None
     held_out = open_dataset(config.data.directory, VALIDATION)
+    codec_of(held_out.info)  # now, rather than when it is to speak
     codes = held_out[int(np.argmax(held_out.num_frames))].codes
     return lambda params: speaker(config.model, params, codes, held_out.info)
 
