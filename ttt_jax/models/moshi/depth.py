@@ -4,6 +4,7 @@ Arrays are step-major, `[S, P, width]` with S steps and P positions (any frames 
 `[S, in, out]` then are one batched product, and a single step is the same code with S = 1.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.dtypes import at_least_float32
+from ttt_jax.layers.linear import linear
 from ttt_jax.layers.mlp import gated_hidden_size, gated_silu
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.models.moshi.config import MoshiConfig
@@ -34,12 +36,15 @@ def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.where((tokens >= 0)[..., None], rows, jnp.zeros((), rows.dtype))
 
 
-def step_product(x: jax.Array, weights: jax.Array, sets: Sequence[int]) -> jax.Array:
-    """`x [S, P, in]` times the weight set of each step, `weights [sets, in, out]`: `[S, P, out]` in x's dtype."""
+def step_product(x: jax.Array, weights: jax.Array, *, sets: Sequence[int]) -> jax.Array:
+    """`x [S, P, in]`, or `[P, in]` for all steps, times the weight set of each step, `weights [sets, in, out]`.
+
+    `[S, P, out]` in x's dtype.
+    """
     sets = tuple(sets)
     if sets != tuple(range(weights.shape[0])):
         weights = jnp.stack([weights[i] for i in sets])
-    return jnp.einsum("spd,sde->spe", x, weights.astype(x.dtype))
+    return jnp.einsum("pd,sde->spe" if x.ndim == 2 else "spd,sde->spe", x, weights.astype(x.dtype))
 
 
 def step_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -72,13 +77,14 @@ class DepthBlock(nn.Module):
     def __call__(self, x: jax.Array, sets: tuple[int, ...], past: StepKeys | None) -> tuple[jax.Array, StepKeys]:
         """Steps `x [S, P, dim]` that use weight sets `sets`, after the steps in `past`."""
         heads = self.config.depformer_num_heads
-        qkv = step_product(self.norm1(x), self.in_proj, sets)
+        multiply = functools.partial(linear, self, product=step_product, sets=sets)
+        qkv = multiply("in_proj", self.norm1(x), self.in_proj)
         q, k, v = (part.reshape(*x.shape[:2], heads, x.shape[-1] // heads) for part in jnp.split(qkv, 3, axis=-1))
         if past is not None:
             k, v = jnp.concatenate([past.keys, k]), jnp.concatenate([past.values, v])
-        x = x + step_product(step_attention(q, k, v).reshape(x.shape), self.out_proj, sets)
-        hidden = gated_silu(step_product(self.norm2(x), self.linear_in, sets))
-        return x + step_product(hidden, self.linear_out, sets), StepKeys(k, v)
+        x = x + multiply("out_proj", step_attention(q, k, v).reshape(x.shape), self.out_proj)
+        hidden = gated_silu(multiply("linear_in", self.norm2(x), self.linear_in))
+        return x + multiply("linear_out", hidden, self.linear_out), StepKeys(k, v)
 
 
 class DepthTransformer(nn.Module):
@@ -90,11 +96,16 @@ class DepthTransformer(nn.Module):
         """Parameters and layers."""
         c = self.config
         dim, sets = c.depformer_dim, max(c.depth_schedule) + 1
+        rank = c.depformer_low_rank_embeddings or dim
         self.depformer_in = self.param("depformer_in", STEP_KERNEL_INIT, (sets, c.dim, dim), jnp.float32)
-        self.depformer_text_emb = self.param("depformer_text_emb", EMBEDDING_INIT, (c.text_card + 1, dim), jnp.float32)
+        self.depformer_text_emb = self.param("depformer_text_emb", EMBEDDING_INIT, (c.text_card + 1, rank), jnp.float32)
         if c.dep_q > 1:
-            shape = (c.dep_q - 1, c.card + 1, dim)
+            shape = (c.dep_q - 1, c.card + 1, rank)
             self.depformer_emb = self.param("depformer_emb", STACKED_EMBEDDING_INIT, shape, jnp.float32)
+        if c.depformer_low_rank_embeddings is not None:
+            # One for the token read by each step, the text's first.
+            shape = (c.dep_q, rank, dim)
+            self.depformer_low_rank = self.param("depformer_low_rank", STEP_KERNEL_INIT, shape, jnp.float32)
         self.layers = [DepthBlock(c) for _ in range(c.depformer_num_layers)]
         self.linears = self.param("linears", STEP_KERNEL_INIT, (c.dep_q, dim, c.card), jnp.float32)
 
@@ -121,17 +132,15 @@ class DepthTransformer(nn.Module):
     def logits(self, x: jax.Array, steps: Sequence[int] | None = None) -> jax.Array:
         """`[S, P, depformer_dim]` of `steps` (default all) to float32 `[S, P, card]`."""
         steps = range(self.config.dep_q) if steps is None else steps
-        return step_product(x, self.linears, steps).astype(at_least_float32(x.dtype))
+        logits = linear(self, "linears", x, self.linears, step_product, sets=steps)
+        return logits.astype(at_least_float32(x.dtype))
 
     def _inputs(self, z, steps, tokens):
         """`depformer_in[s_j] z` plus the embedding of the token before step j."""
         dtype = jnp.dtype(self.config.dtype)
         tables = [self.depformer_text_emb if j == 0 else self.depformer_emb[j - 1] for j in steps]
         embedded = jnp.stack([embed(table, token) for table, token in zip(tables, tokens, strict=True)]).astype(dtype)
-        z = z.astype(dtype)
+        if self.config.depformer_low_rank_embeddings is not None:
+            embedded = linear(self, "depformer_low_rank", embedded, self.depformer_low_rank, step_product, sets=steps)
         sets = tuple(self.config.depth_schedule[j] for j in steps)
-        if sets != tuple(range(self.depformer_in.shape[0])):
-            weights = jnp.stack([self.depformer_in[i] for i in sets])
-        else:
-            weights = self.depformer_in
-        return jnp.einsum("pd,sde->spe", z, weights.astype(dtype)) + embedded
+        return linear(self, "depformer_in", z.astype(dtype), self.depformer_in, step_product, sets=sets) + embedded

@@ -4,6 +4,7 @@
 streaming all go through them.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,13 +14,21 @@ from jax.core import Tracer
 
 from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.attention import AttentionCache, init_attention_cache, segment_attention, window_attention
+from ttt_jax.layers.linear import LORA, linear
 from ttt_jax.layers.mlp import KERNEL_INIT, GatedMLP, gated_hidden_size
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.layers.rope import RotaryEmbedding
 from ttt_jax.layers.ttt import TTTConfig, TTTLayer, init_layer_state
-from ttt_jax.models.moshi.config import MoshiConfig, check_codes, check_codes_shape, check_tokens_shape
+from ttt_jax.models.moshi.conditions import LookupConditioner, sum_of_vectors
+from ttt_jax.models.moshi.config import ABSENT, MoshiConfig, check_codes, check_codes_shape, check_tokens_shape
 from ttt_jax.models.moshi.delays import delay, delay_mask, undelay
-from ttt_jax.models.moshi.depth import EMBEDDING_INIT, STACKED_EMBEDDING_INIT, DepthTransformer, embed
+from ttt_jax.models.moshi.depth import (
+    EMBEDDING_INIT,
+    STACKED_EMBEDDING_INIT,
+    STEP_KERNEL_INIT,
+    DepthTransformer,
+    embed,
+)
 
 
 class MoshiOutput(NamedTuple):
@@ -77,9 +86,9 @@ class SelfAttention(nn.Module):
     def __call__(self, x, cache, length, reset):
         """`[B, T, dim]` to the same, and the cache."""
         c = self.config
-        in_proj = self.param("in_proj", KERNEL_INIT, (c.dim, 3 * c.dim), jnp.float32).astype(x.dtype)
-        out_proj = self.param("out_proj", KERNEL_INIT, (c.dim, c.dim), jnp.float32).astype(x.dtype)
-        qkv = jnp.einsum("btd,de->bte", x, in_proj)
+        in_proj = self.param("in_proj", KERNEL_INIT, (c.dim, 3 * c.dim), jnp.float32)
+        out_proj = self.param("out_proj", KERNEL_INIT, (c.dim, c.dim), jnp.float32)
+        qkv = linear(self, "in_proj", x, in_proj)
         q, k, v = (part.reshape(*x.shape[:2], c.num_heads, c.dim // c.num_heads) for part in jnp.split(qkv, 3, axis=-1))
         attention = c.layer_attention(self.layer)
         options = {"sinks": attention.sinks, "rope": RotaryEmbedding(c.max_period)}
@@ -89,7 +98,7 @@ class SelfAttention(nn.Module):
         else:
             out, cache = segment_attention(q, k, v, segment=attention.context, **options)
             assert cache is not None  # only bidirectional segments have none
-        return jnp.einsum("btd,de->bte", out.reshape(x.shape), out_proj), cache
+        return linear(self, "out_proj", out.reshape(x.shape), out_proj), cache
 
 
 class Block(nn.Module):
@@ -122,28 +131,64 @@ class Block(nn.Module):
         return gate
 
 
+View = Callable[[tuple[str, ...], Any], Any]
+"""(names on the way to them, parameters) -> the same parameters as a layer is to see them."""
+
+
 class Moshi(nn.Module):
-    """Text and audio language model; see `__call__` for whole sequences, `temporal` and `depth` for chunks."""
+    """Text and audio language model; see `__call__` for whole sequences, `temporal` and `depth` for chunks.
+
+    Attributes:
+        config: what it is.
+        view: applied to the parameters where they are used: to those of each layer inside of what `config.remat`
+            computes again, so that what it returns never lies in memory for all layers. None when initializing.
+    """
 
     config: MoshiConfig
+    view: View | None = None
 
     def setup(self):
         """Parameters and layers."""
         c = self.config
-        block = nn.remat(Block) if c.remat else Block
-        depth = nn.remat(DepthTransformer, methods=["hidden"]) if c.remat else DepthTransformer
-        self.text_emb = self.param("text_emb", EMBEDDING_INIT, (c.text_card + 1, c.dim), jnp.float32)
-        self.emb = self.param("emb", STACKED_EMBEDDING_INIT, (c.n_q, c.card + 1, c.dim), jnp.float32)
+        self.text_emb = self._own("text_emb", EMBEDDING_INIT, (c.text_card + 1, c.dim))
+        self.emb = self._own("emb", STACKED_EMBEDDING_INIT, (c.n_q, c.card + 1, c.dim))
         # Not scanned: layers differ in kind and context, and stay one to one with a checkpoint's tensors.
-        self.layers = [block(c, i) for i in range(c.num_layers)]
+        self.layers = [self._lifted(Block, f"layers_{i}")(c, i) for i in range(c.num_layers)]
         self.out_norm = RMSNorm()
-        self.text_linear = self.param("text_linear", KERNEL_INIT, (c.dim, c.text_card), jnp.float32)
-        self.depformer = depth(c)
+        self.text_linear = self._own("text_linear", KERNEL_INIT, (c.dim, c.text_card))
+        if c.dep_q:
+            self.depformer = self._lifted(DepthTransformer, "depformer", ["hidden"], ["step", "logits"])(c)
+        if c.extra_heads_num_heads:
+            shape = (c.extra_heads_num_heads, c.dim, c.extra_heads_dim)
+            self.extra_kernels = self._own("extra_heads", STEP_KERNEL_INIT, shape)
+        self.conditioners = {
+            x.name: self._lifted(LookupConditioner, f"conditioners_{x.name}")(x, c.dim) for x in c.conditioners
+        }
 
-    def __call__(self, codes: jax.Array) -> MoshiOutput:
+    def _own(self, name: str, init, shape):
+        param = self.param(name, init, shape, jnp.float32)
+        return param if self.view is None else self.view((name,), param)
+
+    def _lifted(self, module: Any, name: str, recomputed: list[str] | None = None, others: Sequence[str] = ()) -> Any:
+        """A layer with `view`, and the methods that are `recomputed` (None: its call) so under `config.remat`."""
+        view = self.view
+        if view is not None:
+
+            def see(variables):
+                return {kind: view((name,), tree) for kind, tree in variables.items()}
+
+            methods = recomputed and [*recomputed, *others]
+            module = nn.map_variables(module, ["params", LORA], see, methods=methods)
+        return nn.remat(module, methods=recomputed) if self.config.remat else module
+
+    def __call__(self, codes: jax.Array, condition: jax.Array | None = None) -> MoshiOutput:
         """Teacher-forced logits of `codes [B, 1 + n_q, T]` int32 (text, own audio, user audio).
 
         Delays are applied inside and undone on the logits. -1 gives no embedding and is masked as a target.
+
+        Args:
+            codes: text first.
+            condition: `[B or 1, dim]` of `condition_vector`; None is no value for any of the model's conditions.
 
         Raises:
             ValueError: wrong shape or dtype, or (outside jit) values out of range.
@@ -151,20 +196,16 @@ class Moshi(nn.Module):
         c = self.config
         (check_codes_shape if isinstance(codes, Tracer) else check_codes)(c, codes)
         codes = jnp.asarray(codes)
-        batch, _, frames = codes.shape
+        frames = codes.shape[2]
         delayed = delay(codes, c.delays, c.initial_tokens)
-        z, text_logits, _ = self.temporal(delayed[:, :, :-1])
-        hidden = self._depth_hidden(z, delayed[:, : c.dep_q, 1:]).reshape(c.dep_q, batch, frames, c.depformer_dim)
-        # Undone before the last product, which has no bias and maps zeros to zeros: the logits are many times wider.
-        hidden = undelay(hidden, c.delays[1 : 1 + c.dep_q], axis=2)
-        hidden = hidden.reshape(c.dep_q, batch * frames, c.depformer_dim)
-        logits = self._by_row(self.depformer.logits(hidden), batch, frames)
+        z, text_logits, _ = self.temporal(delayed[:, :, :-1], condition=condition)
+        logits = self._audio_logits(z, delayed[:, :, 1:], c.delays[1 : 1 + c.dep_q])
         text_logits = undelay(jnp.moveaxis(text_logits, 1, 0), c.delays[:1], axis=2)
         inside = delay_mask(frames, c.delays)
         targets = (codes >= 0) & (codes < jnp.asarray(c.initial_tokens, codes.dtype)[None, :, None]) & inside[None]
         return MoshiOutput(logits, targets[:, 1 : 1 + c.dep_q], jnp.moveaxis(text_logits, 0, 1), targets[:, :1])
 
-    def temporal(self, delayed: jax.Array, state=None, length=None, reset=None):
+    def temporal(self, delayed: jax.Array, state=None, length=None, reset=None, condition: jax.Array | None = None):
         """The temporal transformer on already delayed tokens; a sequence may be split into calls anywhere.
 
         Args:
@@ -172,6 +213,8 @@ class Moshi(nn.Module):
             state: of the previous call, or of `init_state`; None is a fresh start.
             length: `[B]` int, real positions per row; the rest change nothing and their outputs mean nothing.
             reset: `[B]` bool, rows that start afresh before the first position.
+            condition: `[B or 1, dim]` of `condition_vector`, added to every position's input; None is no value for
+                any of the model's conditions.
 
         Returns:
             z `[B, T, dim]` (after `out_norm`), text logits float32 `[B, 1, T, text_card]`, and the new state.
@@ -179,18 +222,23 @@ class Moshi(nn.Module):
         Raises:
             ValueError: wrong shapes or dtypes, or a state that does not have one entry per layer.
         """
-        self._check_temporal(delayed, state)
-        x = embed(self.text_emb, delayed[:, 0])
+        self._check_temporal(delayed, state, condition)
+        wide = at_least_float32(self.config.dtype)
+        x = embed(self.text_emb, delayed[:, 0]).astype(wide)
         for k in range(self.config.n_q):  # one gather a stream: on CPU 2 to 9 times faster than one of all streams
-            x = x + embed(self.emb[k], delayed[:, k + 1])
+            x = x + embed(self.emb[k], delayed[:, k + 1]).astype(wide)
+        if condition is None and self.conditioners:
+            absent = jnp.full(1, ABSENT, jnp.int32)
+            condition = sum_of_vectors(conditioner(absent) for conditioner in self.conditioners.values())
+        if condition is not None:
+            x = x + condition.astype(x.dtype)[:, None]
         x = x.astype(jnp.dtype(self.config.dtype))
         states = []
         for i, layer in enumerate(self.layers):
             x, layer_state = layer(x, None if state is None else state[i], length, reset)
             states.append(layer_state)
         z = self.out_norm(x)
-        wide = at_least_float32(z.dtype)
-        text_logits = jnp.einsum("btd,dv->btv", z, self.text_linear.astype(z.dtype), preferred_element_type=wide)
+        text_logits = linear(self, "text_linear", z, self.text_linear, preferred_element_type=wide)
         return z, text_logits[:, None], tuple(states)
 
     def depth(self, z: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -204,20 +252,38 @@ class Moshi(nn.Module):
             ValueError: wrong shapes or dtypes.
         """
         self._check_depth(z, tokens)
-        hidden = self._depth_hidden(z, tokens[:, : self.config.dep_q])
-        return self._by_row(self.depformer.logits(hidden), *z.shape[:2])
+        return self._audio_logits(z, tokens, None)
 
     def depth_step(self, z: jax.Array, j: int, token: jax.Array, past):
         """Depth step j of `z [B, dim]` given the token before it `[B]`: logits `[B, card]` and keys for step j + 1."""
         return self.depformer.step(z, j, token, past)
 
-    def _check_temporal(self, delayed, state):
+    def extra_heads(self, z: jax.Array) -> jax.Array:
+        """Logits of the extra heads, float32 `[B, heads, T, extra_heads_dim]`, of `z [B, T, dim]` from `temporal`.
+
+        Moshi's losses do not train them: what they mean is the user's. Kyutai's speech to text tells by their softmax
+        whether the speaker pauses.
+        """
+        if not self.config.extra_heads_num_heads:
+            raise ValueError("extra_heads_num_heads is 0: this Moshi has no extra heads")
+        wide = at_least_float32(z.dtype)
+        return jnp.einsum("btd,hde->bhte", z, self.extra_kernels.astype(z.dtype), preferred_element_type=wide)
+
+    def _check_temporal(self, delayed, state, condition):
         c = self.config
         streams = f"text, then n_q = {c.n_q} audio streams"
         check_tokens_shape("delayed", delayed, (None, c.num_streams, None), streams)
         if state is not None and not (isinstance(state, tuple | list) and len(state) == c.num_layers):
             got = f"{len(state)} entries" if isinstance(state, tuple | list) else type(state).__name__
             raise ValueError(f"state must hold a LayerState per layer (num_layers = {c.num_layers}), got {got}")
+        if condition is None:
+            return
+        if not c.conditioners:
+            raise ValueError("condition must be None: this model has no conditioners")
+        rows = sorted({1, delayed.shape[0]})
+        if condition.ndim != 2 or condition.shape[0] not in rows or condition.shape[1] != c.dim:
+            got = f"{condition.dtype}{list(condition.shape)}"
+            raise ValueError(f"condition must be [{rows}, dim = {c.dim}], made by condition_vector, got {got}")
 
     def _check_depth(self, z, tokens):
         c = self.config
@@ -227,12 +293,16 @@ class Moshi(nn.Module):
         streams = f"text, then dep_q = {c.dep_q} audio streams, for each of z's rows and frames"
         check_tokens_shape("tokens", tokens, (z.shape[0], c.dep_q + 1, z.shape[1]), streams)
 
-    def _depth_hidden(self, z, tokens):
-        """Step-major `[dep_q, B * T, depformer_dim]`, from `z [B, T, dim]` and the tokens read `[B, dep_q, T]`."""
-        positions = z.shape[0] * z.shape[1]
-        tokens = jnp.moveaxis(tokens, 1, 0).reshape(tokens.shape[1], positions)
-        return self.depformer.hidden(z.reshape(positions, z.shape[-1]), tokens)
-
-    def _by_row(self, logits, batch: int, frames: int):
-        """`[S, B * T, card]` to `[B, S, T, card]`."""
-        return jnp.moveaxis(logits.reshape(logits.shape[0], batch, frames, logits.shape[-1]), 0, 1)
+    def _audio_logits(self, z, tokens, delays):
+        """`[B, dep_q, T, card]` of `z [B, T, dim]` and the tokens predicted; moved back by `delays` if given."""
+        c = self.config
+        batch, frames = z.shape[:2]
+        if not c.dep_q:
+            return jnp.zeros((batch, 0, frames, c.card), at_least_float32(z.dtype))
+        tokens = jnp.moveaxis(tokens[:, : c.dep_q], 1, 0).reshape(c.dep_q, batch * frames)
+        hidden = self.depformer.hidden(z.reshape(batch * frames, c.dim), tokens)
+        if delays is not None:
+            # Before the last product, which has no bias and maps zeros to zeros: the logits are many times wider.
+            hidden = undelay(hidden.reshape(c.dep_q, batch, frames, -1), delays, axis=2).reshape(hidden.shape)
+        logits = self.depformer.logits(hidden).reshape(c.dep_q, batch, frames, c.card)
+        return jnp.moveaxis(logits, 0, 1)
