@@ -66,6 +66,33 @@ def test_the_same_arguments_give_what_xla_gives(kind, frames, lengths, on_gpu, a
         np.testing.assert_allclose(a, b, atol=5e-6)
 
 
+AFTER_CACHE = {
+    "window": KINDS["window"],
+    "segment": KINDS["segment"],
+    "overlap": functools.partial(KINDS["segment"], overlap=2),
+}
+
+
+@pytest.mark.parametrize("kind", AFTER_CACHE)
+@pytest.mark.parametrize(("frames", "lengths"), [(3, None), (7, (4, 0)), (23, None), (24, (23, 6))])
+def test_the_same_cache_gives_what_xla_gives(kind, frames, lengths, on_gpu, any_dtype, monkeypatch):
+    monkeypatch.setattr(flash, "MIN_FRAMES_AFTER_CACHE", 1)
+    _, cache = AFTER_CACHE[kind](
+        *qkv(9), length=jnp.array((9, 2)), implementation="xla"
+    )  # one ring has wrapped, one is not full
+    options = {"cache": cache, "length": None if lengths is None else jnp.array(lengths)}
+    attend = functools.partial(AFTER_CACHE[kind], **options, reset=jnp.array([False, frames == 23]))
+    x = [x[::-1] for x in qkv(frames)]
+    weights = np.random.default_rng(1).normal(size=x[0].shape).astype(np.float32)
+    expected, cache, grads = jax.jit(lambda: _run(attend, x, weights, "xla"))()
+    got, flash_cache, flash_grads = jax.jit(lambda: _run(attend, x, weights, "cudnn"))()
+    assert [call["mask"].dtype for call in on_gpu] == [bool]
+    np.testing.assert_allclose(got, expected, atol=2e-6)  # float32, sums of at most 12
+    jax.tree.map(np.testing.assert_array_equal, flash_cache, cache)
+    for a, b in zip(flash_grads, grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+
+
 def _run(attend, x, weights, implementation):
     out, vjp, cache = jax.vjp(lambda *x: attend(*x, implementation=implementation), *x, has_aux=True)
     return out, cache, vjp(weights)
@@ -99,7 +126,13 @@ def test_masks_are_put_as_cudnn_knows_them(on_gpu):
 
 
 REFUSED = {
-    "a cache": (KINDS["window"], qkv(6, jnp.bfloat16), {"cache": True}, "it continues a cache"),
+    "a cache": (KINDS["window"], qkv(6, jnp.bfloat16), {"cache": True}, "6 < 64 frames continue a cache"),
+    "sinks and a cache": (
+        KINDS["window"],
+        qkv(64, jnp.bfloat16),
+        {"cache": True, "sinks": 2},
+        "sinks=2 stand .* cache",
+    ),
     "sinks": (KINDS["window"], qkv(6, jnp.bfloat16), {"sinks": 2}, "sinks=2 stand at other distances"),
     "sinks of segments": (KINDS["segment"], qkv(6, jnp.bfloat16), {"sinks": 2}, "sinks=2 stand at other distances"),
     "overlap": (KINDS["segment"], qkv(6, jnp.bfloat16), {"overlap": 2}, "overlap=2 of causal segments"),
@@ -113,7 +146,7 @@ REFUSED = {
 def test_what_cudnn_cannot_do_is_left_to_xla_and_refused_when_asked_for(name, on_gpu):
     attend, x, options, message = REFUSED[name]
     if "cache" in options:
-        options = {"cache": init_attention_cache(B, SIZE, H, D, jnp.bfloat16)}
+        options = options | {"cache": init_attention_cache(B, SIZE, H, D, jnp.bfloat16, sinks=options.get("sinks", 0))}
     with pytest.raises(NotImplementedError, match=f"implementation='cudnn' does not support this call: .*{message}"):
         attend(*x, **options, implementation="cudnn")
     out, _ = attend(*x, **options)

@@ -8,6 +8,7 @@ from ttt_jax.layers.attention import flash
 from ttt_jax.layers.attention.bidirectional import attend_bidirectional
 from ttt_jax.layers.attention.cache import AttentionCache, Sinks, init_attention_cache, push_recent, push_sinks
 from ttt_jax.layers.attention.causal import Context, attend_causal
+from ttt_jax.layers.attention.softmax import softmax_attention
 from ttt_jax.layers.rope import RotaryEmbedding
 
 
@@ -41,8 +42,9 @@ def window_attention(
         length: `[B]` int, only the first `length[b]` frames of row b are real (clipped to [0, T]). The rest return
             zeros, change nothing, and their values never matter, NaN included.
         reset: `[B]` bool, these rows forget the cache before the first frame.
-        implementation: "xla"; "cudnn" (flash attention: CUDA GPU as the default device, bfloat16 or float16, a fresh
-            start, no sinks unless T <= window); or None for cuDNN where it supports the call, else XLA.
+        implementation: "xla"; "cudnn" (flash attention: CUDA GPU as the default device, bfloat16 or float16; no sinks
+            unless T <= window without a cache, at least 64 frames with one); or None for cuDNN where it supports the
+            call, else XLA.
 
     Returns:
         Output `[B, T, H, D]` in q's dtype (softmax in float32) and the cache to continue from.
@@ -95,7 +97,8 @@ def segment_attention(
         cache: as in `window_attention`, of `segment + overlap` frames; None unless causal.
         length: as in `window_attention`.
         reset: as in `window_attention`.
-        implementation: as in `window_attention`; cuDNN needs overlap = 0 if causal, unless T <= segment.
+        implementation: as in `window_attention`; cuDNN needs overlap = 0 if causal, unless T <= segment or
+            there is a cache.
 
     Returns:
         Output `[B, T, H, D]` in q's dtype (softmax in float32), and the cache to continue from (None unless causal).
@@ -127,10 +130,11 @@ def _causal(name: str, context: Context, q, k, v, rope, cache, length, reset, im
         return q, cache
     real, (q, k, v) = _zero_beyond(length, q, k, v)
     sinks = push_sinks(cache, k, v, length)
-    if use_flash:
+    if use_flash and fresh:
         out = flash.attend_causal(context, q, k, v, rope)
     else:
-        out = attend_causal(context, q, k, v, rope, None if fresh else cache, sinks, cache.position)
+        attend = flash.attend_sets if use_flash else softmax_attention
+        out = attend_causal(context, q, k, v, rope, None if fresh else cache, sinks, cache.position, attend)
     return _zero_where_unreal(real, out), push_recent(cache, k, v, length)._replace(sinks=sinks)
 
 

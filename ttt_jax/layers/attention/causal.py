@@ -1,8 +1,10 @@
 """Causal attention to a run of recent frames and to the first ones, as XLA computes it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from ttt_jax.layers.attention.cache import AttentionCache, Sinks, held_positions, unrolled
@@ -10,6 +12,7 @@ from ttt_jax.layers.attention.softmax import KeySet, softmax_attention
 from ttt_jax.layers.rope import RotaryEmbedding, rotate
 
 Kind = Literal["window", "segment"]
+Attend = Callable[[list[KeySet]], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,7 @@ def attend_causal(
     cache: AttentionCache | None,
     sinks: Sinks | None,
     start,
+    attend: Attend = softmax_attention,
 ):
     """`[B, T, H, D]` of T >= 1 frames.
 
@@ -66,12 +70,13 @@ def attend_causal(
         cache: before these frames, None for a fresh start.
         sinks: after these frames.
         start: `[B]` int32, the first frame's position in its row.
+        attend: what computes the softmax over sets of keys.
     """
     form = _attend_whole if q.shape[1] <= 2 * context.reach else _attend_in_blocks
-    return form(context, q, k, v, rope, cache, sinks, start)
+    return form(context, q, k, v, rope, cache, sinks, start, attend)
 
 
-def _attend_whole(context: Context, q, k, v, rope, cache, sinks, start):
+def _attend_whole(context: Context, q, k, v, rope, cache, sinks, start, attend):
     """All queries at once against the ring and against the call's own keys, positions relative to the call's start."""
     frames = _count(q.shape[1])
     at = start[:, None] + frames[None]
@@ -83,10 +88,10 @@ def _attend_whole(context: Context, q, k, v, rope, cache, sinks, start):
             jnp.where((held >= 0)[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in (cache.keys, cache.values)
         )
         sets.insert(0, KeySet(queries, _rotated(rope, keys, held - start[:, None]), values, context.sees(at, held)))
-    return softmax_attention(sets + _sink_sets(context, q, at, rope, sinks))
+    return attend(sets + _sink_sets(context, q, at, rope, sinks))
 
 
-def _attend_in_blocks(context: Context, q, k, v, rope, cache, sinks, start):
+def _attend_in_blocks(context: Context, q, k, v, rope, cache, sinks, start, attend):
     """Blocks of `reach` queries against their own and the previous block's keys: memory O(T * reach), never O(T * T).
 
     Positions are relative to each block's start, so angles stay small however long the call is.
@@ -105,7 +110,7 @@ def _attend_in_blocks(context: Context, q, k, v, rope, cache, sinks, start):
         before = [_previous_blocks(x, ring) for x, ring in zip(own, unrolled(cache, k, v, size), strict=True)]
         visible = context.sees(at, at - size)
         sets.append(KeySet(queries, _rotated(rope, before[0], inside - size), before[1], visible))
-    out = softmax_attention(sets + _sink_sets(context, q, at, rope, sinks))
+    out = attend(sets + _sink_sets(context, q, at, rope, sinks))
     return out.reshape(batch, num_blocks * size, *q.shape[3:])[:, :frames]
 
 

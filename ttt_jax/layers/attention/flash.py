@@ -1,13 +1,19 @@
 """cuDNN's flash attention, for the masks that it knows: which calls it can take, and how they are put to it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 
 from ttt_jax.layers.attention.causal import Context
+from ttt_jax.layers.attention.softmax import KeySet
 from ttt_jax.layers.rope import RotaryEmbedding, rotate
 
 MAX_POSITION = 2**14
 """Beyond it float32 angles are coarser than float16 numbers; the XLA form keeps its positions small."""
+
+MIN_FRAMES_AFTER_CACHE = 64
+"""A stream's few frames against a ring of keys have no logits worth sparing."""
 
 
 def choose(implementation: str | None, refusal: str | None) -> bool:
@@ -26,7 +32,11 @@ def choose(implementation: str | None, refusal: str | None) -> bool:
 def causal_refusal(context: Context, q, rope, fresh: bool) -> str | None:
     """Why cuDNN cannot take a causal call, None if it can."""
     if not fresh:
-        return "it continues a cache, which no causal mask of cuDNN's describes"
+        if context.sinks:
+            return f"sinks={context.sinks} stand at other distances than the frames of the cache"
+        if q.shape[1] < MIN_FRAMES_AFTER_CACHE:
+            return f"{q.shape[1]} < {MIN_FRAMES_AFTER_CACHE} frames continue a cache, which leaves little to save"
+        return _refusal(q, rope, min(q.shape[1], 2 * context.reach))
     if q.shape[1] > context.size:  # else a frame sees all frames before it
         if context.sinks:
             return f"sinks={context.sinks} stand at other distances than the frames of the {context.kind}"
@@ -57,6 +67,17 @@ def attend_causal(context: Context, q, k, v, rope: RotaryEmbedding | None):
     return out.reshape(batch, -1, heads, head_dim)[:, :frames]
 
 
+def attend_sets(sets: list[KeySet]):
+    """`softmax_attention` of sets with the same queries, under a mask that is read: 16 bits a query and key."""
+    queries, leading = sets[0].queries, sets[0].queries.shape[:-3]
+    keys, values = (jnp.concatenate([getattr(s, x) for s in sets], -3) for x in ("keys", "values"))
+    visible = jnp.concatenate([jnp.broadcast_to(s.visible, (*leading, *s.visible.shape[-2:])) for s in sets], -1)
+    flat = (x.astype(queries.dtype).reshape(-1, *x.shape[-3:]) for x in (queries, keys, values))
+    odd = [(0, size % 2) for size in visible.shape[-2:]]
+    mask = jnp.pad(visible.reshape(-1, 1, *visible.shape[-2:]), ((0, 0), (0, 0), *odd))
+    return _cudnn(*flat, mask=mask).reshape(queries.shape)
+
+
 def attend_real(q, k, v, real):
     """`[B, N, S, H, D]`, every query against the first `real [B, N]` keys of its segment; if none is, the first one."""
     flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
@@ -65,8 +86,9 @@ def attend_real(q, k, v, real):
 
 def _cudnn(q, k, v, **masks):
     """`[B, S, H, D]`; what is padded at the end is invisible under each of the masks used here."""
-    frames, padding = q.shape[1], ((0, 0), (0, q.shape[1] % 2), (0, 0), (0, 0))  # its gradient needs an even length
-    q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
+    frames = q.shape[1]
+    # Its gradient needs even lengths.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, implementation="cudnn", **masks)
     return out[:, :frames]
 
@@ -92,6 +114,6 @@ def compute_capability() -> tuple[int, ...] | None:
     device = jax.config.jax_default_device
     if not isinstance(device, jax.Device):
         device = jax.local_devices(backend=device)[0]
-    if "cuda" not in device.client.platform_version:
-        return None
-    return tuple(int(part) for part in device.compute_capability.split("."))
+    # Not by the client's platform: a device that is only compiled for has none.
+    capability = re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", ""))
+    return None if capability is None else tuple(map(int, capability.groups()))
