@@ -70,7 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
         "groups": {name: _group() for name in ("base", "ttt", "gates")},
     }
     config.lora = {"rank": 128, "scaling": 2.0}
-    config.precision = {"parameters": "float32", "activations": "float32"}
+    config.precision = {"parameters": "float32", "frozen": "float32", "activations": "float32"}
     # Codec2's fields are equals: no codebook carries the meaning of the others.
     config.loss = {"first_codebook_weight": 1.0, "text_padding_weight": 0.5}
     config.checkpoint = {"every_steps": 100, "every_seconds": 60.0, "keep": 2, "keep_every_steps": 0}

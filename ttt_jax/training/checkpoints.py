@@ -86,7 +86,7 @@ def _read(path: pathlib.Path, abstract: TrainState) -> TrainState:
         return ocp.load(str(path), jax.tree.map(placed, part), checkpointable_name=name)
 
     # One after the other: when one of several fails, Orbax leaves the others' coroutines unawaited.
-    with _alone():
+    with distributed.alone():
         params = read(PARAMS, abstract.params)
         progress = read(PROGRESS, _progress(abstract))
         lora = read(LORA, abstract.lora) if abstract.lora else None
@@ -94,16 +94,6 @@ def _read(path: pathlib.Path, abstract: TrainState) -> TrainState:
     if int(state.step) != int(path.name):
         raise ValueError(f"{path} holds step {int(state.step)}.")
     return state
-
-
-def _alone() -> ocp.Context:
-    """Orbax calls inside wait for no other process, of which one may fail where this one does not."""
-    context = ocp.Context()
-    process = jax.process_index()
-    context.multiprocessing.primary_host = process
-    context.multiprocessing.active_processes = {process}
-    context.multiprocessing.barrier_sync_key_prefix = f"process_{process}"
-    return context
 
 
 def _progress(state: TrainState) -> dict[str, Any]:

@@ -211,15 +211,18 @@ class Precision:
 
     Attributes:
         parameters: As stored and updated; the layers cast them to the activations' dtype where they multiply.
+        frozen: Of the parameters that `optimizer.train` leaves alone, as stored.
         activations: Sets `model.dtype`.
     """
 
     parameters: Literal["float32"] = "float32"
+    frozen: Literal["float32", "bfloat16"] = "float32"
     activations: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         _require(
             parameters=(self.parameters == "float32", "float32", self.parameters),
+            frozen=(self.frozen in ("float32", "bfloat16"), "float32 or bfloat16", self.frozen),
             activations=(self.activations in ("float32", "bfloat16"), "float32 or bfloat16", self.activations),
         )
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -65,6 +66,16 @@ def check_same(value: bytes, what: str) -> None:
         raise ValueError(
             f"{what}: expected the same in all {jax.process_count()} processes; start them by one command."
         )
+
+
+def alone() -> ocp.Context:
+    """Orbax calls inside wait for no other process, of which one may fail where this one does not."""
+    context = ocp.Context()
+    process = jax.process_index()
+    context.multiprocessing.primary_host = process
+    context.multiprocessing.active_processes = {process}
+    context.multiprocessing.barrier_sync_key_prefix = f"process_{process}"
+    return context
 
 
 class Answer(NamedTuple):

@@ -1,16 +1,19 @@
 """What a run starts from: fresh parameters, or an existing model's with fresh ones where TTT is inserted into it."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from ttt_jax.checkpoint import load, load_shapes
 from ttt_jax.convert.checks import check_tensors
 from ttt_jax.models import moshi
+from ttt_jax.training import distributed, sharding
 from ttt_jax.training.config import ExperimentConfig
-from ttt_jax.training.parameters import group_of
+from ttt_jax.training.parameters import group_of, is_trained
 
 NOT_IN_THE_SHAPES = ("num_heads", "depformer_num_heads", "max_period", "delays", "depth_schedule")
 """What a model's parameters mean, but their shapes do not tell."""
@@ -24,23 +27,37 @@ def initial_parameters(config: ExperimentConfig, given: Any = None) -> tuple[Any
     key = jax.random.key(config.seed)
     codes = jnp.zeros((1, config.model.num_streams, 2), jnp.int32)
     fresh = moshi.Moshi(config.model).init(key, codes)["params"]
-    params = unflatten_dict(flatten_dict(fresh) | flatten_dict(given or {}))
+    params = _in_their_dtypes(config, unflatten_dict(flatten_dict(fresh) | flatten_dict(given or {})))
     if config.optimizer.train != "lora":
         return params, None
     return params, moshi.lora.init_factors(jax.random.fold_in(key, 1), params, config.lora.rank)
 
 
-def read_init_from(config: ExperimentConfig) -> dict[str, Any] | None:
+def read_init_from(config: ExperimentConfig, mesh: Mesh | None = None) -> dict[str, Any] | None:
     """The parameters of the model in `config.init_from`, None when that is "".
+
+    Args:
+        config: The experiment.
+        mesh: Each device of it reads its part of the parameters; None puts them on the default device.
 
     Raises:
         FileNotFoundError, ValueError: See `check_init_from`.
     """
     if not config.init_from:
         return None
-    model, params = load(config.init_from)
-    _check(config, model, params)
-    return jax.tree.map(lambda leaf: leaf.astype(config.precision.parameters), params)
+    check_init_from(config)
+    shardings = None if mesh is None else functools.partial(sharding.parameter_shardings, mesh, config.model)
+    with distributed.alone():
+        _, params = load(config.init_from, shardings)
+    return _in_their_dtypes(config, params)
+
+
+def _in_their_dtypes(config: ExperimentConfig, params: Any) -> Any:
+    def cast(path, leaf):
+        trained = is_trained(jax.tree_util.keystr(path, simple=True, separator="/"), config.optimizer.train)
+        return leaf.astype(config.precision.parameters if trained else config.precision.frozen)
+
+    return jax.tree.map_with_path(cast, params)
 
 
 def check_init_from(config: ExperimentConfig) -> None:

@@ -60,10 +60,10 @@ def train(
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(mesh, config.data.batch_size, config.optimizer.accumulate)
     with jax.set_mesh(mesh), StopRequest() as stop:
-        functions = _Functions(config, mesh)
+        functions = Functions(config, mesh)
         state = restore_latest(workdir, functions.abstract_state)
         if state is None:
-            state = functions.init(sharding.put_parameters(mesh, config.model, read_init_from(config)))
+            state = functions.init(read_init_from(config, mesh))
         start = int(state.step)
         with Checkpoints(workdir, config) as checkpoints, MetricsFile(workdir / "metrics.jsonl", start) as metrics:
             _announce(config, state, mesh)
@@ -80,7 +80,7 @@ def _board(config: ExperimentConfig, workdir: pathlib.Path, start: int):
     return TensorBoard(workdir, start) if is_written else contextlib.nullcontext()
 
 
-class _Functions:
+class Functions:
     """The run's compiled functions, from and to arrays that lie on the mesh as the rules say."""
 
     def __init__(self, config: ExperimentConfig, mesh: Mesh):
@@ -110,15 +110,19 @@ class _Functions:
 
     def compile(self, chunk: Chunk) -> None:
         """Makes `update` ready, so that the measured speed does not contain it."""
-        self._updates[chunk.tokens.shape] = self._train_step.lower(self.abstract_state, chunk).compile()
+        self._updates[chunk.tokens.shape] = self.lower(chunk).compile()
+
+    def lower(self, chunk: Chunk) -> jax.stages.Lowered:
+        """`update` for chunks of this size, or of these shapes, before it is compiled."""
+        return self._train_step.lower(self.abstract_state, chunk)
 
     def model_params(self, state: steps.TrainState) -> Any:
-        """What Moshi is run with; a copy only where low-rank factors are to be merged."""
+        """A plain Moshi; a copy only where low-rank factors are to be merged."""
         return self._model_params(state.params, state.lora) if state.lora else state.params
 
     def diagnose(self, state: steps.TrainState, chunk: Chunk) -> dict[str, jax.Array]:
         """Diagnostics of the update that reads `chunk` next."""
-        return self._diagnostics(self.model_params(state), chunk, state.carry)
+        return self._diagnostics(state.params, chunk, state.carry, state.lora)
 
     def update(self, state: steps.TrainState, chunk: Chunk) -> tuple[steps.TrainState, dict]:
         """`train_step`; `state` is given up."""
@@ -171,8 +175,10 @@ def _validation_is_due(config: ExperimentConfig, step: int) -> bool:
 
 
 def _validate(config, functions, state, chunks: Chunks) -> dict[str, Any]:
-    params = functions.model_params(state)
-    scores = [functions.evaluate(params, functions.put(chunks[i])) for i in range(config.validation.num_batches)]
+    scores = [
+        functions.evaluate(state.params, functions.put(chunks[i]), state.lora)
+        for i in range(config.validation.num_batches)
+    ]
     return jax.tree.map(lambda *values: np.mean(jax.device_get(values), axis=0), *scores)
 
 

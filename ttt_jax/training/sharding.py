@@ -2,13 +2,13 @@
 
 The mesh has three axes. Rows of a batch, and of what they carry from chunk to chunk, are split over `data` and `fsdp`.
 Parameters and their optimizer moments are split over `tensor` by heads and hidden units, and over `fsdp` by whatever
-axis is left; `gathered` puts the `fsdp` parts together again where they are used. What no rule fits is replicated.
-The compiler makes the program for each device out of this, so a bad rule costs time, never correctness.
+axis is left; `gathered` puts the `fsdp` parts of a layer together again where the layer is computed. What no rule fits
+is replicated. The compiler makes the program for each device out of this, so a bad rule costs time, never correctness.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,14 +34,19 @@ WHOLE_HEADS = ("in_proj", "out_proj", "wq", "wk", "wv", "wg", "wo")
 """Those whose split axis is made of heads, which are not cut."""
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config`: all devices, or the first ones when it asks for fewer and there is one process.
+
+    Args:
+        config: Its sizes.
+        devices: The `jax.Device`s there are; None takes JAX's.
 
     Raises:
         ValueError: There are not as many devices as the mesh needs.
     """
     sizes = [config.data, config.fsdp, config.tensor]
-    count, known = jax.device_count(), math.prod(size for size in sizes if size > 0)
+    devices = jax.devices() if devices is None else devices
+    count, known = len(devices), math.prod(size for size in sizes if size > 0)
     shape = tuple(count // known if size == -1 else size for size in sizes)
     fits = math.prod(shape) == count or (jax.process_count() == 1 and 1 <= math.prod(shape) <= count)
     if not fits or (-1 in sizes and count % known):
@@ -50,7 +55,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"config.mesh: expected sizes whose product is the number of devices, {count}, got {asked}. "
             "One of them may be -1, which takes the devices that are left."
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[: math.prod(shape)])
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)])
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
@@ -152,32 +157,43 @@ def _parameter_sharding(mesh: Mesh, model: MoshiConfig, path, leaf) -> NamedShar
     return NamedSharding(mesh, parameter_spec(_names(path), leaf.shape, model, mesh.shape))
 
 
-def put_parameters(mesh: Mesh, model: MoshiConfig, params: Any) -> Any:
-    """Parameters that every process has whole, laid out on the mesh; None stays None."""
-
-    def put(path, leaf):
-        return jax.device_put(np.asarray(leaf), _parameter_sharding(mesh, model, path, leaf))
-
-    return jax.tree.map_with_path(put, params)
+def parameter_shardings(mesh: Mesh, model: MoshiConfig, params: Any) -> Any:
+    """Shardings of parameters, of their low-rank factors, or of the shapes of either."""
+    return jax.tree.map_with_path(functools.partial(_parameter_sharding, mesh, model), params)
 
 
-def gathered(params: Any, model: MoshiConfig) -> Any:
-    """The parameters, no longer split over `fsdp`; their gradients come back summed and are split where they are kept.
+def gathered(model: MoshiConfig, names: tuple[str, ...], params: Any) -> Any:
+    """The parameters at `names`, no longer split over `fsdp`; what `Moshi.view` is in training.
 
-    Without this the compiler may choose to split activations instead and give every device the whole batch. Does
-    nothing outside a mesh or where `fsdp` is 1.
+    Their gradients come back summed and split again. Without this the compiler may choose to split activations instead
+    and give every device the whole batch. Does nothing outside a mesh or where `fsdp` is 1.
     """
     mesh = jax.sharding.get_abstract_mesh().shape
     if mesh.get("fsdp", 1) == 1:
         return params
 
     def gather(path, leaf):
-        spec = parameter_spec(_names(path), leaf.shape, model, mesh)
-        if "fsdp" not in spec:
-            return leaf
-        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*(None if a == "fsdp" else a for a in spec)))
+        spec = parameter_spec((*names, *_names(path)), leaf.shape, model, mesh)
+        return _gather(leaf, spec) if "fsdp" in spec else leaf
 
     return jax.tree.map_with_path(gather, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(leaf, spec: PartitionSpec):
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+    return jax.lax.with_sharding_constraint(leaf, whole)
+
+
+def _gather_forward(leaf, spec):
+    return _gather(leaf, spec), None
+
+
+def _scatter_gradient(spec, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, spec),)
+
+
+_gather.defvjp(_gather_forward, _scatter_gradient)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:

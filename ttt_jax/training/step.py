@@ -21,7 +21,7 @@ class TrainState(NamedTuple):
     """Everything that a checkpoint must hold to go on bit-exactly; the chunk follows from (seed, step)."""
 
     step: jax.Array  # int32: updates done
-    params: Any  # float32, Moshi's parameter tree
+    params: Any  # Moshi's parameter tree: what is trained in float32, the rest as `precision.frozen` says
     optimizer: optax.OptState
     carry: Any = ()  # following recordings: Moshi's state of every row, leaves [B, ...]
     lora: Any = None  # low-rank factors to be merged into `params`, None unless the run trains such
@@ -36,7 +36,7 @@ def init_state(config: ExperimentConfig, given: Any = None) -> TrainState:
 
 
 def model_params(config: ExperimentConfig, params: Any, lora: Any) -> Any:
-    """What Moshi is run with: `params`, with the low-rank factors, if any, merged into them."""
+    """A plain Moshi: `params`, with the low-rank factors, if any, merged into them."""
     return moshi.lora.merge(params, lora, config.lora.scaling) if lora else params
 
 
@@ -70,23 +70,25 @@ def train_step(config: ExperimentConfig, state: TrainState, chunk: Chunk) -> tup
     return TrainState(state.step + 1, put_back(state.params, trained), optimizer, carry, trained.lora), metrics
 
 
-def evaluate(config: ExperimentConfig, params: Any, chunk: Chunk) -> dict[str, jax.Array]:
+def evaluate(config: ExperimentConfig, params: Any, chunk: Chunk, lora: Any = None) -> dict[str, jax.Array]:
     """The loss and the unweighted NLLs in nats per token, `{"loss": scalar, "text": scalar, "audio": [dep_q]}`.
 
     Args:
         config: The experiment.
         params: The model's parameters.
         chunk: Rows that all start afresh.
+        lora: Low-rank factors beside the parameters, or None.
     """
-    return _metrics(_read(config, params, chunk, ())[0])
+    return _metrics(_read(config, _variables(config, params, lora), chunk, ())[0])
 
 
-def diagnostics(config: ExperimentConfig, params: Any, chunk: Chunk, carry: Any = ()) -> dict[str, jax.Array]:
+def diagnostics(
+    config: ExperimentConfig, params: Any, chunk: Chunk, carry: Any = (), lora: Any = None
+) -> dict[str, jax.Array]:
     """What the layers sow under "diagnostics", as `{"path/of/layer/name": scalar}`; empty for a model without TTT."""
-    params = sharding.gathered(params, config.model)
     tokens, state, length, reset = _model_input(chunk.tokens, chunk.length, chunk.reset, carry)
-    _, variables = moshi.Moshi(config.model).apply(
-        {"params": params}, tokens, state, length, reset, method="temporal", mutable=["diagnostics"]
+    _, variables = _model(config).apply(
+        _variables(config, params, lora), tokens, state, length, reset, method="temporal", mutable=["diagnostics"]
     )
     sown = jax.tree.leaves_with_path(variables.get("diagnostics", {}), is_leaf=lambda leaf: isinstance(leaf, tuple))
     return {"/".join(str(key.key) for key in path): jnp.mean(jnp.stack(values)) for path, values in sown}
@@ -94,18 +96,25 @@ def diagnostics(config: ExperimentConfig, params: Any, chunk: Chunk, carry: Any 
 
 def _loss(config: ExperimentConfig, params, weights, trained: Trained, chunk: Chunk, carry):
     """Loss of some rows, as a part of that of all rows, whose tokens weigh `weights`; gradients are for `trained`."""
-    params = model_params(config, put_back(params, trained), trained.lora)
-    sums, carry = _read(config, params, chunk, carry)
+    variables = _variables(config, put_back(params, trained), trained.lora)
+    sums, carry = _read(config, variables, chunk, carry)
     text_weight, audio_weight = weights
     return sums.text / text_weight + sums.audio / audio_weight, (sums, carry)
 
 
-def _read(config: ExperimentConfig, params, chunk: Chunk, carry) -> tuple[moshi.LossSums, Any]:
+def _model(config: ExperimentConfig) -> moshi.Moshi:
+    return moshi.Moshi(config.model, functools.partial(sharding.gathered, config.model))
+
+
+def _variables(config: ExperimentConfig, params, lora) -> dict[str, Any]:
+    return {"params": params} | (moshi.lora.collection(lora, config.lora.scaling) if lora else {})
+
+
+def _read(config: ExperimentConfig, variables, chunk: Chunk, carry) -> tuple[moshi.LossSums, Any]:
     """Reads a chunk piece by piece, with the activations of one piece in memory at a time."""
-    params = sharding.gathered(params, config.model)
     pieces = config.data.gradient_chunks
     if pieces == 1 or not carry:
-        return _read_piece(config, params, chunk.tokens, chunk.length, chunk.reset, carry)
+        return _read_piece(config, variables, chunk.tokens, chunk.length, chunk.reset, carry)
     frames = (chunk.tokens.shape[-1] - 1) // pieces
     read = jax.checkpoint(functools.partial(_read_piece, config))
 
@@ -113,14 +122,14 @@ def _read(config: ExperimentConfig, params, chunk: Chunk, carry) -> tuple[moshi.
         sums, carry = accumulated
         tokens = jax.lax.dynamic_slice_in_dim(chunk.tokens, i * frames, frames + 1, axis=2)
         length = jnp.clip(chunk.length - i * frames, 0, frames)
-        more, carry = read(params, tokens, length, chunk.reset & (i == 0), carry)
+        more, carry = read(variables, tokens, length, chunk.reset & (i == 0), carry)
         return (jax.tree.map(jnp.add, sums, more), carry), None
 
     return jax.lax.scan(step, (_zero_sums(config), carry), jnp.arange(pieces, dtype=jnp.int32))[0]
 
 
-def _read_piece(config: ExperimentConfig, params, tokens, length, reset, carry) -> tuple[moshi.LossSums, Any]:
-    apply = functools.partial(moshi.Moshi(config.model).apply, {"params": params})
+def _read_piece(config: ExperimentConfig, variables, tokens, length, reset, carry) -> tuple[moshi.LossSums, Any]:
+    apply = functools.partial(_model(config).apply, variables)
     state: Any
     z, text_logits, state = cast(tuple, apply(*_model_input(tokens, length, reset, carry), method="temporal"))
     targets = tokens[:, :, 1:]
