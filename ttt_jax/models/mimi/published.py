@@ -31,11 +31,9 @@ _KYUTAI_FIXED: dict[str, Any] = {
     "seanet.causal": True,
     "seanet.activation": "ELU",
     "seanet.activation_params": {"alpha": 1.0},
-    "seanet.final_activation": None,
     "seanet.norm": "none",
     "seanet.pad_mode": "constant",
     "seanet.true_skip": True,
-    "seanet.trim_right_ratio": 1.0,
     "transformer.causal": True,
     "transformer.conv_layout": True,
     "transformer.gating": "none",
@@ -47,7 +45,7 @@ _KYUTAI_FIXED: dict[str, Any] = {
 
 _KYUTAI_IGNORED = frozenset(
     (
-        *("seanet.disable_norm_outer_blocks", "seanet.norm_params", "seanet.final_activation_params"),
+        *("seanet.disable_norm_outer_blocks", "seanet.norm_params"),
         *("quantizer.q_dropout", "quantizer.no_quantization_rate", "quantizer.decay"),
         *("quantizer.threshold_usage_ratio", "quantizer.replaced_usage_ratio", "transformer.checkpointing"),
     )
@@ -120,8 +118,7 @@ def as_kyutai(fields: Mapping[str, Any]) -> dict[str, Any]:
     named = {part: {theirs: fields[ours] for theirs, ours in names.items()} for part, names in _KYUTAI.items()}
     for full, value in _KYUTAI_FIXED.items():
         part, _, name = full.rpartition(".")
-        if value is not None:
-            named[part][name] = value
+        named[part][name] = value
     for part, names in _KYUTAI_WIDTHS.items():
         for name in names:
             named[part][name] = [fields["dimension"]] if name == "output_dimensions" else fields["dimension"]

@@ -69,7 +69,7 @@ class SplitQuantizer(nn.Module):
     @property
     def dtype(self) -> jnp.dtype:
         """What the model computes in: the parameters' dtype, at least float32."""
-        return at_least_float32(self.semantic.embedding_sum.dtype)
+        return at_least_float32(jnp.result_type(self.semantic.embedding_sum))
 
     def encode(self, latent):
         """`[B, T, dimension]` to codes `[B, num_codebooks, T]` int32."""

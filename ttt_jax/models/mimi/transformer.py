@@ -1,6 +1,7 @@
 """Mimi's two transformers: causal, pre-normalized, with rotary positions and scaled branches."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from ttt_jax.layers.attention import AttentionCache, window_attention
@@ -51,6 +52,20 @@ def _interleaved(outs):
     return joined
 
 
+class LayerNorm(nn.Module):
+    """`(x - mean) / sqrt(variance + 1e-5) * scale + bias` over the last axis (Ba et al. 2016), in x's dtype."""
+
+    @nn.compact
+    def __call__(self, x):
+        """`[B, T, dimension]` to the same."""
+        width = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32).astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32).astype(x.dtype)
+        centered = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(centered**2, axis=-1, keepdims=True)
+        return centered * jax.lax.rsqrt(variance + 1e-5) * scale[None, None] + bias[None, None]
+
+
 class Block(nn.Module):
     """`x += scale1 * SA(LN(x)); x += scale2 * W2 gelu(W1 LN(x))`, exact GELU, no biases but the norms'."""
 
@@ -60,15 +75,12 @@ class Block(nn.Module):
     def __call__(self, x, caches: Caches | None, length, reset):
         """`[B, T, dimension]` to the same, and the rings."""
         c = self.config
-        branch, caches = SelfAttention(c, name="self_attn")(self._norm("norm1", x), caches, length, reset)
+        branch, caches = SelfAttention(c, name="self_attn")(LayerNorm(name="norm1")(x), caches, length, reset)
         x = x + self._scale("scale1", x) * branch
         linear1 = self.param("linear1", KERNEL_INIT, (c.dimension, c.dim_feedforward), jnp.float32).astype(x.dtype)
         linear2 = self.param("linear2", KERNEL_INIT, (c.dim_feedforward, c.dimension), jnp.float32).astype(x.dtype)
-        hidden = nn.gelu(jnp.einsum("btd,df->btf", self._norm("norm2", x), linear1), approximate=False)
+        hidden = nn.gelu(jnp.einsum("btd,df->btf", LayerNorm(name="norm2")(x), linear1), approximate=False)
         return x + self._scale("scale2", x) * jnp.einsum("btf,fd->btd", hidden, linear2), caches
-
-    def _norm(self, name: str, x):
-        return nn.LayerNorm(1e-5, dtype=x.dtype, use_fast_variance=False, name=name)(x)
 
     def _scale(self, name: str, x):
         init = nn.initializers.constant(self.config.layer_scale)
