@@ -24,6 +24,9 @@ from ttt_jax.training.experiment import run
 SOURCES = {
     "moshi_tiny": ("moshi", MoshiConfig),
     "moshi_tiny_schedule": ("moshi", MoshiConfig),
+    "moshi_hibiki": ("moshi", MoshiConfig),
+    "moshi_stt": ("moshi", MoshiConfig),
+    "moshi_personaplex": ("moshi", MoshiConfig),
     "mimi_tiny": ("mimi", MimiConfig),
 }
 
