@@ -5,10 +5,11 @@ low-rank factors hold these apart, as "lora"; `load` merges them into the parame
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +78,11 @@ CHUNK_BYTES = 2**26
 
 
 def save_leaves(
-    directory: str | pathlib.Path, config: Any, leaves: Iterable[tuple[str, np.ndarray]], **metadata: Any
+    directory: str | pathlib.Path,
+    config: Any,
+    leaves: Iterable[tuple[str, np.ndarray]],
+    files: Mapping[str, pathlib.Path],
+    **metadata: Any,
 ) -> None:
     """Writes a model that `load` reads as its parameters come, a few in memory at a time.
 
@@ -87,6 +92,7 @@ def save_leaves(
         directory: Must not exist yet.
         config: The model's config.
         leaves: Path, such as "layers_0/gate", and parameter.
+        files: Name to file, to be copied into the directory.
         **metadata: Further entries of the checkpoint's metadata, JSON-serializable.
 
     Raises:
@@ -106,6 +112,8 @@ def save_leaves(
             for group in _groups(leaves):
                 ocp.partial.save(str(whole), unflatten_dict(group, sep="/"), custom_metadata=metadata)
             ocp.partial.finalize(str(whole))
+        for name, file in files.items():
+            shutil.copyfile(file, whole / name)
         os.rename(whole, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -123,11 +131,13 @@ def _groups(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterable[dict[str, np.n
     yield group
 
 
-def load(directory: str | pathlib.Path) -> tuple[Any, Any]:
-    """Reads a model: its config and its parameters, on the default device.
+def load(directory: str | pathlib.Path, shardings: Callable[[Any], Any] | None = None) -> tuple[Any, Any]:
+    """Reads a model: its config and its parameters, on the default device or laid out by `shardings`.
 
     Args:
         directory: A workdir of train.py (its newest checkpoint), one checkpoint in it, or what `save_model` wrote.
+        shardings: A parameter tree of shapes (and of shapes of low-rank factors, in the same places) to the shardings
+            to read them in: each device reads its part alone.
 
     Returns:
         The config (`MoshiConfig`, `MimiConfig` or a layer's `TTTConfig`) and the parameter tree in the saved dtypes.
@@ -136,7 +146,7 @@ def load(directory: str | pathlib.Path) -> tuple[Any, Any]:
         FileNotFoundError: No checkpoint there.
         ValueError: The checkpoint cannot be read.
     """
-    return _read_newest(directory, _load_model)
+    return _read_newest(directory, functools.partial(_load_model, shardings=shardings or _on_first_device))
 
 
 def load_shapes(directory: str | pathlib.Path) -> tuple[Any, Any]:
@@ -212,20 +222,28 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
-def _load_model(path: pathlib.Path) -> tuple[Any, Any]:
+def _load_model(path: pathlib.Path, shardings: Callable[[Any], Any]) -> tuple[Any, Any]:
     metadata = read_metadata(path)
-    params = _load_arrays(path, metadata.name, metadata.params)
+    where = shardings(metadata.params)
+    params = _load_arrays(path, metadata.name, metadata.params, where)
     if metadata.lora:
-        factors = _load_arrays(path, LORA, metadata.lora)
+        factors = _load_arrays(path, LORA, metadata.lora, shardings(metadata.lora))
         # Donated, so that there are never two copies of the parameters.
-        params = jax.jit(lora.merge, static_argnums=2, donate_argnums=0)(params, factors, metadata.lora_scaling)
+        merge = jax.jit(lora.merge, static_argnums=2, donate_argnums=0, out_shardings=where)
+        params = merge(params, factors, metadata.lora_scaling)
     return metadata.config, params
+
+
+def _on_first_device(shapes: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: device, shapes)
 
 
 class Leaves:
     """The parameters that `load` would give, read one at a time as NumPy arrays.
 
     Attributes:
+        path: Of the checkpoint.
         config: The model's config.
         shapes: Path, such as "layers_0/gate", to what has the `shape` and `dtype` of the parameter.
         metadata: All that the checkpoint's metadata says.
@@ -236,7 +254,8 @@ class Leaves:
         self.config = saved.config
         self.shapes: dict[str, Any] = flatten_dict(saved.params, sep="/")
         self.metadata: dict[str, Any] = ocp.checkpointables_metadata(str(path)).custom_metadata or {}  # pyright: ignore
-        self._path, self._name, self._scaling = path, saved.name, saved.lora_scaling
+        self.path = path
+        self._name, self._scaling = saved.name, saved.lora_scaling
         self._factors: dict[str, Any] = flatten_dict(saved.lora or {}, sep="/")
 
     def read(self, path: str) -> np.ndarray:
@@ -251,7 +270,7 @@ class Leaves:
         wanted = {other: ocp.PLACEHOLDER for other in shapes}
         shape = shapes[path]
         wanted[path] = np.broadcast_to(np.zeros((), shape.dtype), shape.shape)  # says: NumPy, this shape and dtype
-        loaded: Any = ocp.load(str(self._path), unflatten_dict(wanted, sep="/"), checkpointable_name=name)
+        loaded: Any = ocp.load(str(self.path), unflatten_dict(wanted, sep="/"), checkpointable_name=name)
         return flatten_dict(loaded, sep="/")[path]
 
 
@@ -260,7 +279,8 @@ def open_leaves(directory: str | pathlib.Path) -> Leaves:
     return _read_newest(directory, Leaves)
 
 
-def _load_arrays(path: pathlib.Path, name: str, shapes: Any) -> Any:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+def _load_arrays(path: pathlib.Path, name: str, shapes: Any, shardings: Any) -> Any:
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
     return ocp.load(str(path), abstract, checkpointable_name=name)

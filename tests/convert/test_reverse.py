@@ -50,6 +50,17 @@ def test_there_and_back_bit_for_bit(data_dir, tmp_path, released, name):
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_the_tokenizer_goes_with_the_weights(tmp_path, released):
+    folder = released("moshi_tiny", tokenizer_name="words.model")
+    (folder / "words.model").write_bytes(b"a sentencepiece model")
+    (folder / "another.model").write_bytes(b"another")
+    convert(plan("moshi", str(folder), Options()), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"a sentencepiece model"
+    assert ttt_jax.load(tmp_path / "out")[0].dim == 64
+    reverse(tmp_path / "out", tmp_path / "back", dtype=None, names=None)
+    assert (tmp_path / "back" / "tokenizer_spm_32k_3.model").read_bytes() == b"a sentencepiece model"
+
+
 def test_both_namings_and_another_dtype(data_dir, tmp_path, released):
     convert(plan("moshi", str(released("moshi_tiny_schedule")), Options()), tmp_path / "out")
     written = {}

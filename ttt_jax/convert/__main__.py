@@ -48,18 +48,18 @@ def _convert() -> None:
     # Imported late so that `--help` and wrong flags answer at once.
     from ttt_jax.convert import program
 
-    paths = (None if flag.value is None else pathlib.Path(flag.value) for flag in (CONFIG, LORA))
-    options = program.Options(*paths, LORA_SCALING.value, CODEBOOKS.value)
+    config, lora = (None if flag.value is None else pathlib.Path(flag.value) for flag in (CONFIG, LORA))
+    options = program.Options(config, lora, LORA_SCALING.value, CODEBOOKS.value)
     ttt = None if TTT.value is None else program.read_insertion(TTT.value)
     if OUTPUT.value and pathlib.Path(OUTPUT.value).exists():
         raise ValueError(f"--output: {OUTPUT.value} exists; choose another directory or remove it first")
-    plan = program.plan(SOURCE.value, INPUT.value, options, dtype=DTYPE.value, ttt=ttt)
+    plan = program.plan(SOURCE.value or "", INPUT.value, options, dtype=DTYPE.value, ttt=ttt)
     *lines, summary = program.describe(plan)
     if DRY_RUN.value:
         print("\n".join(lines))
     print(summary, file=sys.stdout if DRY_RUN.value else sys.stderr)
     if not DRY_RUN.value:
-        program.convert(plan, pathlib.Path(OUTPUT.value), seed=SEED.value)
+        program.convert(plan, pathlib.Path(OUTPUT.value or ""), seed=SEED.value)
         print(OUTPUT.value)
 
 

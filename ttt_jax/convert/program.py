@@ -17,6 +17,7 @@ from ttt_jax.config import from_mapping
 from ttt_jax.convert.checks import check_tensors
 from ttt_jax.convert.sources import Options, Source, open_source
 from ttt_jax.convert.table import assemble, leaf_dtype
+from ttt_jax.data.tokens import TOKENIZER_FILE
 from ttt_jax.models.moshi import MoshiConfig, TTTInsertion
 from ttt_jax.models.moshi.insertion import init_inserted, inserted_shapes
 
@@ -105,7 +106,7 @@ def describe(steps: Plan) -> Iterator[str]:
 
 
 def convert(steps: Plan, output: pathlib.Path, *, seed: int = 0) -> None:
-    """Writes the checkpoint that `ttt_jax.load` reads; it appears whole or not at all.
+    """Writes the checkpoint that `ttt_jax.load` reads, with the tokenizer beside it; it appears whole or not at all.
 
     Args:
         steps: From `plan`.
@@ -115,11 +116,11 @@ def convert(steps: Plan, output: pathlib.Path, *, seed: int = 0) -> None:
     Raises:
         FileExistsError: `output` exists.
     """
-    bar = tqdm.tqdm(total=sum(steps.leaf_bytes()), unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr)
-    with bar:
-        save_leaves(
-            output, steps.config, _told(_leaves(steps, seed), bar), names="fused" if steps.source.fused else "current"
-        )
+    names = "fused" if steps.source.fused else "current"
+    tokenizer, size = steps.source.tokenizer, sum(steps.leaf_bytes())
+    files = {} if tokenizer is None else {TOKENIZER_FILE: tokenizer}
+    with tqdm.tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
+        save_leaves(output, steps.config, _told(_leaves(steps, seed), bar), files, names=names)
 
 
 def _leaves(steps: Plan, seed: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -13,14 +13,14 @@ import numpy as np
 import tqdm
 
 from ttt_jax.checkpoint import Leaves, open_leaves
+from ttt_jax.convert import sources
 from ttt_jax.convert.checks import check_tensors
 from ttt_jax.convert.table import Rule, Table, take_apart
 from ttt_jax.convert.writing import Entry, constant_entries, entries_of, table_of, write_file
+from ttt_jax.data.tokens import TOKENIZER_FILE
 from ttt_jax.models.moshi.insertion import is_inserted
 
-WEIGHTS_FILE = "model.safetensors"
 TTT_FILE = "ttt.safetensors"
-CONFIG_FILE = "config.json"
 
 
 class _Reversal(NamedTuple):
@@ -73,13 +73,14 @@ def reverse(directory: str | pathlib.Path, output: pathlib.Path, *, dtype: str |
     staging.mkdir(parents=True)
     try:
         with _bar(sum(entry.nbytes for entry in (*entries, *ttt))) as bar:
-            values = (tensor for rule in rules for tensor in reversal.tensors(rule))
-            write_file(
-                staging / WEIGHTS_FILE, entries, itertools.chain(values, reversal.table.constants.values()), bar.update
-            )
+            tensors = (tensor for rule in rules for tensor in reversal.tensors(rule))
+            values = itertools.chain(tensors, reversal.table.constants.values())
+            write_file(staging / sources.MOSHI_FILE, entries, values, bar.update)
             if ttt:
                 write_file(staging / TTT_FILE, ttt, (reversal.leaves.read(entry.name) for entry in ttt), bar.update)
-        (staging / CONFIG_FILE).write_text(json.dumps(reversal.leaves.config.to_kyutai(), indent=1) + "\n")
+        if (tokenizer := reversal.leaves.path / TOKENIZER_FILE).is_file():
+            shutil.copyfile(tokenizer, staging / sources.TOKENIZER_FILE)
+        (staging / sources.CONFIG_FILE).write_text(json.dumps(reversal.leaves.config.to_kyutai(), indent=1) + "\n")
         os.rename(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

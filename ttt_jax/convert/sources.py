@@ -18,6 +18,7 @@ CONFIG_FILE = "config.json"
 MOSHI_FILE = "model.safetensors"
 MIMI_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
 LORA_FILE = "lora.safetensors"
+TOKENIZER_FILE = "tokenizer_spm_32k_3.model"
 PUBLISHED_LORA_SCALING = 2.0
 EXAMPLE = "kyutai/moshiko-pytorch-bf16"
 
@@ -29,6 +30,7 @@ class Source(NamedTuple):
     table: Table
     tensors: Mapping[str, Any]  # under the table's names
     fused: bool  # whether attention projections were fused, as in released files
+    tokenizer: pathlib.Path | None = None  # the sentencepiece model beside the weights
 
 
 class Options(NamedTuple):
@@ -67,7 +69,8 @@ def _open_moshi(path: pathlib.Path, options: Options) -> Source:
     tensors = open_tensors(_weights(path, raw.get("moshi_name") or MOSHI_FILE))
     if hugging_face.is_hugging_face(tensors):
         config = hugging_face.moshi_config(raw)
-        return Source(config, moshi.moshi_table(config), hugging_face.moshi_tensors(config, tensors), True)
+        tensors = hugging_face.moshi_tensors(config, tensors)
+        return Source(config, moshi.moshi_table(config), tensors, True, _tokenizer(folder, raw))
     config = MoshiConfig.from_kyutai(raw)
     table = moshi.moshi_table(config)
     fused = is_fused(table, tensors)
@@ -78,7 +81,14 @@ def _open_moshi(path: pathlib.Path, options: Options) -> Source:
     if lora is not None:
         tensors, scaling = _with_lora_tensors(tensors, lora, scaling)
     scaling = scaling if options.lora_scaling is None else options.lora_scaling
-    return Source(config, table, with_lora_merged(tensors, scaling), fused)
+    return Source(config, table, with_lora_merged(tensors, scaling), fused, _tokenizer(folder, raw))
+
+
+def _tokenizer(folder: pathlib.Path, raw: dict[str, Any]) -> pathlib.Path | None:
+    """The file that the config names, or the only one of its kind."""
+    named = folder / (raw.get("tokenizer_name") or TOKENIZER_FILE)
+    found = [named] if named.is_file() else sorted(folder.glob("*.model"))
+    return found[0] if len(found) == 1 else None
 
 
 def _with_lora_tensors(tensors: dict[str, Any], lora: pathlib.Path, scaling: float) -> tuple[dict[str, Any], float]:
