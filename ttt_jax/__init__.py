@@ -21,7 +21,7 @@ from ttt_jax.ttt import (
 )
 
 if TYPE_CHECKING:
-    from ttt_jax import convert, models
+    from ttt_jax import convert, generate, models
     from ttt_jax.checkpoint import load, save_model
     from ttt_jax.layers.ttt import TTTConfig, TTTLayer
 
@@ -35,6 +35,7 @@ __all__ = [
     "TTTMLPParams",
     "TTTState",
     "convert",
+    "generate",
     "init_state",
     "load",
     "models",
@@ -57,6 +58,6 @@ _ROOMS = {
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return getattr(importlib.import_module(_ROOMS[name]), name)
-    if name in ("convert", "models"):
+    if name in ("convert", "generate", "models"):
         return importlib.import_module(f"ttt_jax.{name}")
     raise AttributeError(f"module 'ttt_jax' has no attribute {name!r}")

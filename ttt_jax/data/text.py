@@ -82,8 +82,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def load_tokenizer(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
-    """Load a sentencepiece model in which 0 is <unk> and 3 is <pad> or another control symbol; ValueError otherwise."""
+def open_tokenizer(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
+    """Open any sentencepiece model; ValueError if there is none."""
     if not path.is_file():
         raise ValueError(f"tokenizer: expected a sentencepiece model, found no file at {path}")
     tokenizer = sentencepiece.SentencePieceProcessor()
@@ -91,6 +91,12 @@ def load_tokenizer(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
         tokenizer.LoadFromSerializedProto(path.read_bytes())
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"tokenizer: {path} is not a sentencepiece model ({error})") from error
+    return tokenizer
+
+
+def load_tokenizer(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
+    """Open a sentencepiece model in which 0 is <unk> and 3 is <pad> or another control symbol; ValueError otherwise."""
+    tokenizer = open_tokenizer(path)
     pad = TEXT_PADDING_ID
     is_padding = tokenizer.pad_id() == pad or (tokenizer.get_piece_size() > pad and tokenizer.is_control(pad))
     if tokenizer.unk_id() != END_OF_PADDING_ID or not is_padding:

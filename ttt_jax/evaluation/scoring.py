@@ -15,6 +15,7 @@ import numpy as np
 from ttt_jax.data.reader import TokenDataset
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import Moshi, MoshiConfig, delayed_positions, init_state, token_nll
+from ttt_jax.models.moshi.insertion import without_ttt
 
 MEMORIES = ("carried", "reset", "off")
 """What becomes of the TTT state: carried through the recording, reset at every chunk, or TTT switched off."""
@@ -102,15 +103,6 @@ def with_memory(params: Any, memory: str) -> Any:
     if memory not in MEMORIES:
         raise ValueError(f"memory: expected one of {MEMORIES}, got {memory!r}.")
     return without_ttt(params) if memory == "off" else params
-
-
-def without_ttt(params: Any) -> Any:
-    """The parameters with every TTT gate at zero: the model as if it had no TTT layers."""
-
-    def close(path, leaf):
-        return jnp.zeros_like(leaf) if path[-1].key == "gate" else leaf
-
-    return jax.tree_util.tree_map_with_path(close, params)
 
 
 def _score_group(

@@ -14,6 +14,7 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax.data.chunks import Chunk, Chunks
+from ttt_jax.signals import StopRequest
 from ttt_jax.training import distributed, sharding
 from ttt_jax.training import step as steps
 from ttt_jax.training.checkpoints import Checkpoints, NonFiniteError, restore_latest
@@ -21,7 +22,6 @@ from ttt_jax.training.config import ExperimentConfig
 from ttt_jax.training.initial import read_init_from
 from ttt_jax.training.metrics import MetricsFile
 from ttt_jax.training.parameters import trained_part
-from ttt_jax.training.signals import StopRequest
 from ttt_jax.training.tensorboard import TensorBoard, losses_figure
 
 Speak = Callable[[Any], tuple[np.ndarray, int]]

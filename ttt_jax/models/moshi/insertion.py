@@ -41,3 +41,12 @@ def _init(config: MoshiConfig, layer: int, rng) -> dict[str, Any]:
     params = flatten_dict(Block(config, layer).init(rng, x, None, None, None)["params"], sep="/")
     paths = {f"layers_{layer}/{path}": leaf for path, leaf in params.items()}
     return {path: leaf for path, leaf in paths.items() if is_inserted(path)}
+
+
+def without_ttt(params: Any) -> Any:
+    """Moshi's parameters with every TTT gate at zero: the model as if it had no TTT layers."""
+
+    def close(path, leaf):
+        return jnp.zeros_like(leaf) if path[-1].key == "gate" else leaf
+
+    return jax.tree_util.tree_map_with_path(close, params)
