@@ -43,8 +43,12 @@ def params():
         if path[-1].key in ("scale", "scale1", "scale2"):
             return 1 + 0.1 * noise
         if path[-1].key == "cluster_usage":
-            noise[:, 0] = 0
-            return np.abs(noise)
+            usage = np.abs(1 + 0.2 * noise)
+            usage[:, 0] = 0
+            return usage
+        if path[-1].key == "embedding_sum":
+            noise[:, 0] *= 1e-5
+            return 0.3 * noise
         return (0.3 if len(leaf.shape) < 3 else float(np.prod(leaf.shape[1:])) ** -0.5) * noise
 
     return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -71,8 +71,8 @@ def test_a_last_frame_that_is_not_full_ends_in_zeros(config, params, apply, rand
     whole = apply(config, "encode", params, wav)
     np.testing.assert_array_equal(apply(config, "encode", params, wav[:, :, :-5]), whole)
     assert whole.shape == (2, config.num_codebooks, 3)
-    assert apply(config, "__call__", params, wav[:, :, :-5]).shape == (2, 1, wav.shape[2] - 5)
-    assert apply(config, "encode", params, wav[:, :, :0]).shape == (2, config.num_codebooks, 0)
+    there_and_back = jax.eval_shape(functools.partial(apply, config, "__call__"), params, wav[:, :, :-5])
+    assert there_and_back.shape == (2, 1, wav.shape[2] - 5)
 
 
 def test_rows_are_independent(config, params, apply, random_wav, random_codes):
@@ -99,11 +99,12 @@ def test_codes_are_the_nearest_entries_of_what_is_left_over(config, params, appl
             rest, chosen = rest - entries[nearest], chosen + entries[nearest]
         total = total + np.einsum("bte,ed->bdt", chosen, p["output_proj"][0])
     codes = np.stack(codes, axis=1)
+    assert np.any(codes == 0)  # the entry that nothing was ever assigned to
     for used in range(1, config.n_q + 1):
         used_config = dataclasses.replace(config, num_codebooks=used)
         np.testing.assert_array_equal(apply(used_config, "quantize", params, latent), codes[:, :used])
     latent = apply(dataclasses.replace(config, num_codebooks=4), "dequantize", params, codes)
-    np.testing.assert_allclose(latent, total, atol=1e-4)  # float32, entries of unused clusters are large
+    np.testing.assert_allclose(latent, total, atol=1e-5)
 
 
 def test_a_frame_that_lacks_a_code_is_silent_and_its_latent_zero(config, params, apply, random_codes):
