@@ -9,6 +9,7 @@ CONFIG = MoshiConfig(
     **{"dim": 16, "num_layers": 2, "num_heads": 2, "context": 4, "hidden_scale": 3.0},
     **{"n_q": 4, "dep_q": 2, "card": 20, "text_card": 20, "delays": (0, 0, 1, 0, 1)},
     **{"depformer_dim": 8, "depformer_num_layers": 1, "depformer_num_heads": 2, "depformer_dim_feedforward": None},
+    depformer_low_rank_embeddings=4,
     ttt=TTTInsertion((1,), mini_batch_size=4),
 )
 CODES = np.random.default_rng(0).integers(0, 20, (2, 5, 6)).astype(np.int32)
@@ -27,7 +28,7 @@ def by_path(tree) -> dict:
 def test_every_linear_layer_and_nothing_else_has_factors(params):
     factors = by_path(lora.init_factors(jax.random.key(1), params, rank=3))
     adapted = {name.rsplit("/", 1)[0] for name in factors}
-    linears = {"text_linear", "depformer/depformer_in", "depformer/linears"}
+    linears = {"text_linear", "depformer/depformer_in", "depformer/linears", "depformer/depformer_low_rank"}
     for layer in ("layers_0", "layers_1"):
         linears |= {f"{layer}/self_attn/{name}" for name in ("in_proj", "out_proj")}
         linears |= {f"{layer}/gating/{name}" for name in ("linear_in", "linear_out")}

@@ -51,9 +51,8 @@ def codes_of(config, batch, frames, seed=0):
     return np.random.default_rng(seed).integers(0, config.card, (batch, config.num_streams, frames)).astype(np.int32)
 
 
-def test_every_parameter_gets_a_gradient_with_some_conditions_absent():
-    codes = np.arange(4 * 5 * 24).reshape(4, 5, 24).astype(np.int32) % HIBIKI.card
-    params = jax.jit(Moshi(HIBIKI).init)(jax.random.key(0), codes)["params"]
+def test_every_parameter_gets_a_gradient_with_some_conditions_absent(random_params):
+    params, codes = random_params(HIBIKI), codes_of(HIBIKI, 4, 4)
 
     def loss(params):
         conditions = {"quality": ["bad", None, "good", None], "genre": jnp.array([-1, 0, 4, 4], jnp.int32)}
@@ -116,9 +115,8 @@ def test_conditions_are_checked_at_the_door(random_params):
             jax.eval_shape(Moshi(config).init, jax.random.key(0), codes, vector)
 
 
-def test_without_a_depth_transformer_text_alone_is_trained():
-    codes = codes_of(SPEECH_TO_TEXT, 2, 8)
-    params = jax.jit(Moshi(SPEECH_TO_TEXT).init)(jax.random.key(0), codes)["params"]
+def test_without_a_depth_transformer_text_alone_is_trained(random_params):
+    params, codes = random_params(SPEECH_TO_TEXT), codes_of(SPEECH_TO_TEXT, 2, 8)
     assert set(params) == {"text_emb", "emb", "layers_0", "out_norm", "text_linear", "extra_heads"}
 
     def loss(params):
