@@ -267,11 +267,11 @@ class Leaves:
         return np.asarray(lora.merge({"kernel": leaf}, {"kernel": factors}, self._scaling)["kernel"])
 
     def _read(self, name: str, shapes: dict[str, Any], path: str) -> np.ndarray:
-        wanted = {other: ocp.PLACEHOLDER for other in shapes}
+        wanted: dict[str, Any] = {other: ocp.PLACEHOLDER for other in shapes}
         shape = shapes[path]
         wanted[path] = np.broadcast_to(np.zeros((), shape.dtype), shape.shape)  # says: NumPy, this shape and dtype
         loaded: Any = ocp.load(str(self.path), unflatten_dict(wanted, sep="/"), checkpointable_name=name)
-        return flatten_dict(loaded, sep="/")[path]
+        return np.asarray(flatten_dict(loaded, sep="/")[path])
 
 
 def open_leaves(directory: str | pathlib.Path) -> Leaves:
