@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
-from configs import conversations
+from configs import conversations, moshi_7b_ttt
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
-from ttt_jax.models.moshi import Moshi
+from ttt_jax.models.moshi import Moshi, MoshiConfig
 from ttt_jax.training.config import GROUPS, ExperimentConfig, claim_workdir, with_vocabulary
 from ttt_jax.training.experiment import run
+from ttt_jax.training.parameters import group_of, is_trained
 
 INFO = TokenInfo("codec2", 12.5, 8000, num_codebooks=8, card=512, text_card=300)
 
@@ -52,6 +54,7 @@ def make(**sections) -> ExperimentConfig:
             r"config: model\.dtype: expected float32, as precision",
         ),
         ({"precision": {"activations": "float16"}}, r"config\.precision\.activations: .*'bfloat16'.*'float16'"),
+        ({"precision": {"frozen": "int8"}}, r"config\.precision\.frozen: .*'bfloat16'.*'int8'"),
         ({"precision": {"parameters": "bfloat16"}}, r"config\.precision\.parameters: .*'float32'.*'bfloat16'"),
         ({"lora": {"rank": 0}}, r"config\.lora: rank: expected at least 1, got 0"),
         ({"seed": -1}, r"config: seed: expected a non-negative"),
@@ -139,13 +142,35 @@ def test_without_ttt_means_at_equal_parameters(size):
     assert abs(num_parameters(without) / num_parameters(with_ttt) - 1) < 0.01
 
 
-def test_an_unknown_size_is_named():
+@pytest.mark.parametrize("variant", moshi_7b_ttt.VARIANTS)
+def test_the_7b_config_is_moshi_7b_with_ttt_in_some_layers(variant):
+    mapping = moshi_7b_ttt.get_config(variant).to_dict()
+    config = from_mapping(ExperimentConfig, mapping)
+    assert config.optimizer.train == variant
+    mimi = TokenInfo("mimi", 12.5, 24000, num_codebooks=8, card=2048, text_card=32000)
+    model = with_vocabulary(mapping["model"], mimi)
+    assert dataclasses.replace(model, ttt=None, remat=False) == MoshiConfig()
+    assert {model.layer_attention(i) for i in range(32)} == {("window", 3000, 0)}
+    assert model.remat
+    assert config.precision.frozen == config.precision.activations == "bfloat16"
+    codes = jax.ShapeDtypeStruct((1, 17, 2), jnp.int32)
+    params = jax.eval_shape(Moshi(model).init, jax.random.key(0), codes)["params"]
+    sizes = {"/".join(path): leaf.size for path, leaf in flatten_dict(params).items()}
+    assert sum(size for path, size in sizes.items() if group_of(path) == "base") == 7_687_729_152
+    trained = sum(size for path, size in sizes.items() if is_trained(path, variant))
+    assert trained == sum(sizes.values()) if variant == "all" else 0 < trained < 2.5e9
+
+
+def test_an_unknown_size_or_variant_is_named():
+    with pytest.raises(ValueError, match=r"moshi_7b_ttt\.py:dora: expected one of \['ttt', 'qkvo', 'lora', 'all'\]"):
+        moshi_7b_ttt.get_config("dora")
     with pytest.raises(ValueError, match=r"conversations\.py:tiny: expected one of \['small', 'medium', 'large'\]"):
         conversations.get_config("tiny")
 
 
 FROM_THE_DATASET = {"n_q", "dep_q", "card", "text_card", "existing_text_padding_id", "existing_text_end_padding_id"}
-NOT_FLAGS = FROM_THE_DATASET | {"dtype"}  # which precision.activations sets
+VARIANTS = {"depformer_low_rank_embeddings", "extra_heads_num_heads", "extra_heads_dim", "conditioners"}
+NOT_FLAGS = FROM_THE_DATASET | VARIANTS | {"dtype"}  # which precision.activations sets
 
 
 def field_names(value: object, path: str = "") -> dict[str, object]:
@@ -179,7 +204,13 @@ OF_A_GROUP = {"schedule": "linear", "warmup_steps": 9, "final_learning_rate_frac
 def test_every_field_is_a_flag(path, monkeypatch):
     fields = on_the_command_line(monkeypatch, path, {})
     settings = {name: value for name, value in fields.items() if value is not None} | {
-        **{"optimizer.clip_norm": 0.25, "precision.activations": "bfloat16", "model.remat": True, "seed": 5},
+        **{
+            "optimizer.clip_norm": 0.25,
+            "precision.activations": "bfloat16",
+            "precision.frozen": "bfloat16",
+            "model.remat": True,
+            "seed": 5,
+        },
         **{"data.mode": "follow", "data.recording_frames": 100},
         **{"model.ttt.base_lr": 0.5, "model.ttt.num_heads": 8, "model.ttt.context": 60, "model.ttt.sinks": 2},
         **{"model.depformer_dim_feedforward": 64, "model.delays": (0,) * 9 + (1,) * 8},
