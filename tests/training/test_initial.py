@@ -1,5 +1,7 @@
 """Starting from an existing model: its parameters, TTT inserted without effect, and what does not fit is told."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 from ttt_jax.checkpoint import save_model
 from ttt_jax.config import from_mapping
 from ttt_jax.models.moshi import Moshi, MoshiConfig
-from ttt_jax.training import ExperimentConfig, run
+from ttt_jax.training import ExperimentConfig, run, sharding
+from ttt_jax.training.config import MeshConfig
 from ttt_jax.training.initial import check_init_from, initial_parameters, read_init_from
 
 CODES = np.random.default_rng(0).integers(0, 20, (2, 3, 9)).astype(np.int32)
@@ -19,10 +22,10 @@ MODEL = {
 }
 
 
-def make(init_from="", layers=(0, 1), seed=1, **model) -> ExperimentConfig:
+def make(init_from="", layers=(0, 1), seed=1, optimizer=None, precision=None, **model) -> ExperimentConfig:
     model = MODEL | {"ttt": {"layers": layers, "mini_batch_size": 4}} | model
     mapping = {"data": {"directory": ""}, "model": model, "init_from": str(init_from), "seed": seed}
-    return from_mapping(ExperimentConfig, mapping)
+    return from_mapping(ExperimentConfig, mapping | {"optimizer": optimizer or {}, "precision": precision or {}})
 
 
 def random_params(config: MoshiConfig, seed: int):
@@ -82,6 +85,34 @@ def test_parameters_of_another_dtype_become_float32(plain, tmp_path):
     got = read_init_from(make(tmp_path / "half"))
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_array_equal(got["text_linear"], half["text_linear"].astype(jnp.float32))
+
+
+def test_on_a_mesh_each_device_reads_its_part(tmp_path):
+    config = make(tmp_path / "wide", dim=64, depformer_dim=32)
+    plain = dataclasses.replace(config.model, ttt=None)
+    params = random_params(plain, 0)
+    save_model(tmp_path / "wide", plain, params)
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
+    got = read_init_from(config, mesh)
+    assert_equal(got, params)
+    shardings = sharding.parameter_shardings(mesh, config.model, params)
+    assert jax.tree.map(lambda leaf: leaf.sharding, got) == shardings
+    for leaf in jax.tree.leaves(got):
+        if leaf.size >= sharding.SMALLEST_SHARDED and any(size % 8 == 0 for size in leaf.shape):
+            assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 8}
+    parts = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data.size, got)
+    assert jax.tree.reduce(int.__add__, parts) < 0.2 * jax.tree.reduce(int.__add__, jax.tree.map(jnp.size, params))
+
+
+def test_what_is_not_trained_is_stored_as_frozen_says(plain):
+    config = make(plain[0], optimizer={"train": "qkvo"}, precision={"frozen": "bfloat16"})
+    got = jax.tree.leaves_with_path(start(config))
+    dtypes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype for path, leaf in got}
+    for name in ("text_emb", "layers_0/gating/linear_in", "layers_0/norm1/alpha", "depformer/linears"):
+        assert dtypes[name] == jnp.bfloat16
+    for name in ("layers_0/self_attn/in_proj", "layers_1/ttt/wq/kernel", "layers_1/norm_ttt/alpha", "layers_0/gate"):
+        assert dtypes[name] == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(read_init_from(make(plain[0])))} == {jnp.dtype(jnp.float32)}
 
 
 def test_what_does_not_fit_is_listed(plain, tmp_path):
