@@ -23,9 +23,21 @@ def linear(module: nn.Module, name: str, x: jax.Array, kernel: jax.Array, produc
         product: Multiplies an input and such a matrix.
         options: Keywords of `product`.
     """
+    kernel, x = _in_turn(kernel, x)
     y = product(x, kernel.astype(x.dtype), **options)
     if not module.has_variable(LORA, name):
         return y
     factors: Any = module.get_variable(LORA, name)
     inner = product(x, factors["A"].astype(x.dtype), **options).astype(x.dtype)
     return y + product(inner, factors["B"].astype(x.dtype), **options)
+
+
+def _in_turn(kernel: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same two, the kernel only when x has been computed.
+
+    XLA multiplies bfloat16 matrices on a CPU as float32; left to itself it widens those of all layers at the same time.
+    """
+    if kernel.dtype != jnp.bfloat16:
+        return kernel, x
+    wait = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(kernel, x, cpu=lambda *both: wait(both), default=lambda *both: both)
