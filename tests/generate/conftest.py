@@ -3,24 +3,31 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import soundfile
 from safetensors.numpy import load_file
 
 from ttt_jax import save_model
 from ttt_jax.convert import mimi_params, moshi_params
-from ttt_jax.data import conversations
+from ttt_jax.data import conversations, dialogue
+from ttt_jax.data.codecs import Codec2
 from ttt_jax.data.text import load_tokenizer, train_tokenizer
 from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import Moshi, MoshiConfig, TTTInsertion
 
 
 @pytest.fixture(scope="session")
-def mimi(data_dir):
-    """Config and parameters of the tiny Mimi, cut to as many codes as Moshi has."""
-    config = MimiConfig.from_kyutai(data_dir / "mimi_tiny.json")
+def mimi_tensors(data_dir):
+    """Every other entry of the tiny Mimi's codebooks, and the rest of it."""
     tensors = load_file(data_dir / "mimi_tiny.safetensors")
-    halved = {name: x[1::2] if "_codebook." in name and x.shape[:1] == (64,) else x for name, x in tensors.items()}
+    return {name: x[1::2] if "_codebook." in name and x.shape[:1] == (64,) else x for name, x in tensors.items()}
+
+
+@pytest.fixture(scope="session")
+def mimi(data_dir, mimi_tensors):
+    """Config and parameters of a Mimi of as many codes as Moshi has."""
+    config = MimiConfig.from_kyutai(data_dir / "mimi_tiny.json")
     config = dataclasses.replace(config, bins=32)
-    return config, jax.device_put(mimi_params(config, halved), jax.devices()[0])
+    return config, jax.device_put(mimi_params(config, mimi_tensors), jax.devices()[0])
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +48,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def moshi(tokenizer):
-    """Config and parameters of a Moshi with TTT and 2 codebooks a speaker, so far from the start that TTT matters."""
+    """Config and parameters of a Moshi with TTT and 2 codebooks a speaker."""
     config = MoshiConfig(
         dim=32,
         text_card=load_tokenizer(tokenizer).get_piece_size(),
@@ -58,9 +65,26 @@ def moshi(tokenizer):
         delays=(0, 0, 1, 0, 1),
         ttt=TTTInsertion(layers=(1,), mini_batch_size=3),
     )
-    initial = jax.jit(Moshi(config).init)(jax.random.key(0), np.zeros((1, config.num_streams, 2), np.int32))["params"]
-    rng = np.random.default_rng(0)
-    return config, jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(np.float32), initial)
+    return config, random_params(config)
+
+
+def random_params(config):
+    """Of a Moshi that says something else each frame."""
+    rng, codes = np.random.default_rng(0), np.zeros((1, config.num_streams, 2), np.int32)
+    shapes = jax.eval_shape(Moshi(config).init, jax.random.key(0), codes)["params"]
+    return jax.tree.map(lambda x: (x.ndim == 1) + 0.3 * rng.standard_normal(x.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="session")
+def save_random(tmp_path_factory):
+    """Saves a Moshi of random parameters, and returns the directory."""
+
+    def save(config):
+        directory = tmp_path_factory.mktemp("random") / "model"
+        save_model(directory, config, random_params(config))
+        return directory
+
+    return save
 
 
 @pytest.fixture(scope="session")
@@ -74,8 +98,11 @@ def directories(tmp_path_factory, moshi, mimi):
 
 @pytest.fixture(scope="session")
 def speech(tmp_path_factory):
-    """A synthesized conversation of a few seconds, one speaker a channel, at 8 kHz."""
-    output = tmp_path_factory.mktemp("conversations") / "data"
-    conversations.make(output, hours=0.002, seed=5, min_minutes=0.05, max_minutes=0.06, keep_wav=1)
-    (path,) = (output / "wav").iterdir()
+    """Two seconds and a bit of a synthesized conversation at 8 kHz, one speaker a channel; the right one talks."""
+    (outline, *_) = dialogue.outlines(5, 0.002, 0.05, 0.06, facts_per_minute=0.5, questions_per_fact=1)
+    codec = Codec2()
+    blocks = conversations.Conversation(outline, None).read(codec).blocks
+    wav = next(block for block in blocks if np.abs(block[1]).max() > 0.1)
+    path = tmp_path_factory.mktemp("speech") / "speech.wav"
+    soundfile.write(path, wav.T[: round(2.1 * codec.sample_rate_hz)], codec.sample_rate_hz)
     return path

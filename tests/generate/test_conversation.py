@@ -101,6 +101,14 @@ def test_a_step_on_its_own(golden_moshi, mimi, said, user):
             np.testing.assert_array_equal(wav[:, 0], frames(said[0])[:, i - 1])
 
 
+def test_one_program_serves_all_frames(golden_moshi, mimi, talk, user):
+    """What the first step gets lies where the later ones' does, also in a model whose state holds no parameters."""
+    talk(user[:, :FRAME])
+    compiled = advance._cache_size()
+    talk(user[:, : 3 * FRAME])
+    assert advance._cache_size() == compiled == 1
+
+
 def test_bad_input(golden_moshi, mimi, user):
     with pytest.raises(
         ValueError, match=r"wav must be floating of shape \[B, S\] or \[B, 1, S\], got float32 \(38400,\)"

@@ -1,7 +1,6 @@
 """Talk to Moshi with files: what it says while it hears a recording.
 
-    python -m ttt_jax.generate --checkpoint=DIR --mimi=DIR --input=user.wav --output=moshi.wav \
-      --text=moshi.txt --tokenizer=tokenizer_spm_32k_3.model
+    python -m ttt_jax.generate --checkpoint=DIR --mimi=DIR --input=user.wav --output=moshi.wav --text=moshi.txt
 
 DIRs are what `python -m ttt_jax.convert` writes (`--checkpoint` may also be a run of train.py). The input may be any
 wav, flac, ogg, opus or mp3: it is resampled to 24 kHz, two channels are averaged (or one taken, `--channel`), and its
@@ -37,7 +36,7 @@ INPUT = flags.DEFINE_string("input", None, "What the user says, a sound file.", 
 OUTPUT = flags.DEFINE_string("output", None, "What Moshi says: .wav, .flac or .w64; not for text models.")
 TEXT = flags.DEFINE_string("text", None, "Its words as plain text.")
 WORDS = flags.DEFINE_string("words", None, "Its words and their times in seconds as JSON.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "The model's sentencepiece model, for --text and --words.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Sentencepiece model of the text; by default the checkpoint's.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Of the sound's tokens; 0 is greedy.", lower_bound=0.0)
 TOP_K = flags.DEFINE_integer("top_k", 250, "Of them, the likeliest ones to draw from; 0 is all.", lower_bound=0)
 TEMPERATURE_TEXT = flags.DEFINE_float("temperature_text", 0.7, "Of the text tokens; 0 is greedy.", lower_bound=0.0)

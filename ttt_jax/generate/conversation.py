@@ -60,7 +60,8 @@ class Conversation(NamedTuple):
     steps: jax.Array  # int32, steps so far
 
 
-@functools.partial(jax.jit, static_argnames=("configs", "batch_size"))  # so that it lies where the parameters lie
+# Compiled, and with all parameters, so that it lies where they lie: the first step then compiles for all of them.
+@functools.partial(jax.jit, static_argnames=("configs", "batch_size"), keep_unused=True)
 def init_conversation(configs: Configs, params: tuple[Any, Any], batch_size: int, seed: int = 0) -> Conversation:
     """`batch_size` conversations before their first frame.
 

@@ -55,8 +55,11 @@ class SoundFile(PartialFile):
         self._file = soundfile.SoundFile(self.partial, "w", sample_rate_hz, 1, SUBTYPE, format=container)
 
     def write(self, samples: np.ndarray) -> None:
-        """Appends float `[S]`; what lies outside [-1, 1] is clipped."""
-        self._file.write(samples)
+        """Appends float `[S]`; what lies outside [-1, 1] is clipped. ValueError for what is not finite."""
+        if not np.isfinite(samples).all():
+            raise ValueError("the model's sound is not finite; are its weights damaged?")
+        # Here rather than by libsndfile, which rounds otherwise in every format.
+        self._file.write(np.clip(np.rint(samples * 32768), -32768, 32767).astype(np.int16))
 
     def close(self) -> None:
         """Ends writing."""

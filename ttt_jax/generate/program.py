@@ -18,6 +18,7 @@ import tqdm
 from ttt_jax.checkpoint import load, load_shapes
 from ttt_jax.data import audio
 from ttt_jax.data.text import open_tokenizer
+from ttt_jax.data.tokens import TOKENIZER_FILE
 from ttt_jax.generate import output
 from ttt_jax.generate.conversation import KYUTAIS_SAMPLING, Configs, advance, init_conversation
 from ttt_jax.generate.saved import CONVERSATION, load_conversation, save_conversation
@@ -42,7 +43,7 @@ class Options:
         output: gets what Moshi says; None for models that only write text.
         text: gets the words that it thinks of meanwhile; or None.
         words: gets them with their times; or None.
-        tokenizer: sentencepiece model of the text, for `text` and `words`.
+        tokenizer: sentencepiece model of the text, for `text` and `words`; None takes the checkpoint's.
         sampling: of the tokens.
         seed: of the sampling.
         channel: of a stereo input, one of `CHANNELS`.
@@ -129,8 +130,11 @@ def _check_files(options: Options) -> None:
         raise ValueError(f"--channel: expected one of {list(CHANNELS)}, got {options.channel!r}")
     if options.output is not None and options.output.suffix not in output.FORMATS:
         raise ValueError(f"--output: expected a name that ends in {', '.join(output.FORMATS)}, got {options.output}")
-    if (options.text or options.words) and options.tokenizer is None:
-        raise ValueError("--tokenizer: --text and --words need the sentencepiece model of the text stream")
+    if (options.text or options.words) and not _tokenizer_path(options).is_file():
+        raise ValueError(
+            f"--tokenizer: --text and --words need the sentencepiece model of the text, {_tokenizer_path(options)} is "
+            "none; Kyutai's are called tokenizer_spm_....model"
+        )
     if options.save_state is not None and options.save_state.exists():
         raise ValueError(f"--save_state: {options.save_state} exists; choose another directory or remove it first")
     if options.load_state is not None and not (options.load_state / CONVERSATION).is_dir():
@@ -177,15 +181,19 @@ def _read_config(flag: str, source: str, kind: type, directory: pathlib.Path) ->
 
 
 def _read_tokenizer(options: Options, config: MoshiConfig) -> sentencepiece.SentencePieceProcessor | None:
-    if options.tokenizer is None:
+    if not (options.text or options.words):
         return None
-    tokenizer = open_tokenizer(options.tokenizer)
+    tokenizer = open_tokenizer(_tokenizer_path(options))
     if tokenizer.get_piece_size() != config.text_card:
         raise ValueError(
-            f"--tokenizer: {options.tokenizer} has {tokenizer.get_piece_size()} pieces, the model text_card = "
+            f"--tokenizer: {_tokenizer_path(options)} has {tokenizer.get_piece_size()} pieces, the model text_card = "
             f"{config.text_card}; use the model's own"
         )
     return tokenizer
+
+
+def _tokenizer_path(options: Options) -> pathlib.Path:
+    return options.tokenizer or options.checkpoint / TOKENIZER_FILE
 
 
 def _converse(

@@ -7,7 +7,6 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from ttt_jax.generate.conversation import Configs, Conversation, init_conversation
@@ -61,13 +60,13 @@ def load_conversation(directory: str | pathlib.Path, configs: Configs, params: t
             "was saved with, or start a new conversation"
         )
     shapes = jax.eval_shape(lambda params: init_conversation(configs, params, rows), params)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), _named(shapes))
+    named, device = _named(shapes), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), named)
     try:
         leaves: Any = ocp.load(str(directory), abstract, checkpointable_name=CONVERSATION)
     except Exception as error:  # of many types, as above
         raise ValueError(f"{directory}: the saved conversation cannot be read ({error})") from error
-    return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in abstract])
+    return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in named])
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -84,11 +83,17 @@ def _model(configs: Configs, params: tuple[Any, Any]) -> dict[str, Any]:
 def fingerprint(params: Any) -> str:
     """Tells parameters apart: a hash of every leaf's path, shape, dtype and first values."""
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        # A corner of it, since flattening would copy the leaf.
-        corner = np.asarray(leaf[tuple(slice(0, 1) for _ in leaf.shape[:-1])][..., :_SAMPLE])
+    for (path, leaf), corner in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.device_get(_corners(jax.tree.leaves(params))), strict=True
+    ):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode() + corner.tobytes())
     return digest.hexdigest()
+
+
+@jax.jit
+def _corners(leaves: list[jax.Array]) -> list[jax.Array]:
+    """The first values of each, cut out before anything is flattened, which would copy it all."""
+    return [leaf[tuple(slice(0, 1) for _ in leaf.shape[:-1])][..., :_SAMPLE] for leaf in leaves]
 
 
 def _differing(saved: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
