@@ -186,7 +186,8 @@ def _prepare(target: str, devices: int) -> None:
         flag = f"--xla_force_host_platform_device_count={devices}"
     else:
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        flag = "--xla_gpu_autotune_level=0"  # which would run candidates on the device
+        # Autotuning would run its candidates on the device. Without it some of Triton's products do not compile.
+        flag = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 
