@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -101,12 +102,10 @@ def test_a_step_on_its_own(golden_moshi, mimi, said, user):
             np.testing.assert_array_equal(wav[:, 0], frames(said[0])[:, i - 1])
 
 
-def test_one_program_serves_all_frames(golden_moshi, mimi, talk, user):
-    """What the first step gets lies where the later ones' does, also in a model whose state holds no parameters."""
-    talk(user[:, :FRAME])
-    compiled = advance._cache_size()
-    talk(user[:, : 3 * FRAME])
-    assert advance._cache_size() == compiled == 1
+def test_a_conversation_begins_where_the_parameters_lie(golden_moshi, mimi):
+    """Also in a model whose state holds none of them: else the second step would compile anew."""
+    conversation = init_conversation(Configs.of(golden_moshi[0], mimi[0]), (golden_moshi[1], mimi[1]), 1)
+    assert all(leaf.committed for leaf in jax.tree.leaves(conversation))
 
 
 def test_bad_input(golden_moshi, mimi, user):
