@@ -1,10 +1,12 @@
 r"""Kyutai's Moshi 7B, fine-tuned with TTT layers inserted after the attention of four of its 32 layers.
 
-    python -m ttt_jax.convert --source=moshi --input=DOWNLOADED --output=models/moshi-7b
-    python -m ttt_jax.data.prepare --audio=recordings --output=data/moshi --codec=mimi --mimi=models/mimi
-    python train.py --config=configs/moshi_7b_ttt.py:qkvo --workdir=runs/moshi-7b-ttt
+    python -m ttt_jax.convert --source=moshi --input=kyutai/moshiko-pytorch-bf16 --output=models/moshiko
+    python -m ttt_jax.convert --source=mimi --input=kyutai/moshiko-pytorch-bf16 --output=models/mimi
+    python -m ttt_jax.data.prepare --dataset=calls.jsonl --tokenizer=models/moshiko/tokenizer.model --codec=mimi \
+      --mimi=models/mimi --output=data/moshi
+    python train.py --config=configs/moshi_7b_ttt.py:qkvo --workdir=runs/moshi-ttt
 
-Written for 8 GPUs of 80 GB. What is trained, of 7.958 B parameters:
+Written for 8 GPUs of 80 GB. What is trained, of 7.959 B parameters:
 
 - qkvo: projections of the temporal attention, TTT layers and gates; 2.42 B
 - ttt: TTT layers and gates alone; 0.27 B
@@ -35,7 +37,7 @@ def get_config(variant: str = "qkvo") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"configs/moshi_7b_ttt.py:{variant}: expected one of {list(VARIANTS)}.")
     config: Any = quickstart.get_config()
-    config.init_from = "models/moshi-7b"
+    config.init_from = "models/moshiko"
     config.data.update({"directory": "data/moshi", "mode": "follow", "num_frames": 1500, "batch_size": 8})
     config.model.update(
         {
