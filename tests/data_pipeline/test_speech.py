@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from ttt_jax.data import dialogue, pipeline, speech
+from ttt_jax.data import dialogue, processes, speech
 from ttt_jax.data.speech import Voice, word_starts
 
 VOICE = Voice("en-us+f4", 175, 50)
@@ -102,7 +102,7 @@ def test_a_fresh_process_always_says_the_same(tmp_path):
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()
         tasks = [(name, _speak, (name, tmp_path / folder / f"{name}.npz")) for name in VOICES]
-        assert sorted(pipeline.run_in_fresh_processes(tasks, 2)) == sorted(VOICES)
+        assert sorted(processes.run_in_fresh_processes(tasks, 2)) == sorted(VOICES)
         time.sleep(1.0)  # into another second
     for name in VOICES:
         first, second = (np.load(tmp_path / folder / f"{name}.npz") for folder in ("first", "second"))

@@ -173,7 +173,7 @@ def codec_of(info: TokenInfo) -> Codec:
             f"the dataset's codec cannot be opened: {error}. Its weights were in {info.codec_directory}: put them back "
             "there, or write where they are now as codec_directory into the dataset's tokens.json"
         ) from error
-    if codec.card != info.card:
+    if info.codec_directory is not None and codec.card != info.card:
         raise ValueError(
             f"the dataset's codec: {info.codec_directory} has codes in [0, {codec.card}), the dataset in "
             f"[0, {info.card}); it holds another {info.codec} than the data was made with"
