@@ -6,7 +6,6 @@ low-rank factors hold these apart, as "lora"; `load` merges them into the parame
 
 import dataclasses
 import functools
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ttt_jax.config import from_mapping
+from ttt_jax.files import new_directory
 from ttt_jax.layers.ttt import TTTConfig
 from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import MoshiConfig, lora
@@ -38,6 +38,7 @@ class ModelMetadata(NamedTuple):
     params: Any  # shape and dtype of each parameter, in its place
     lora: Any  # the same for low-rank factors that belong to them, None without
     lora_scaling: float
+    saved: dict[str, Any]  # all of it
 
 
 def model_metadata(config: Any, lora_scaling: float | None = None) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def save_leaves(
 ) -> None:
     """Writes a model that `load` reads as its parameters come, a few in memory at a time.
 
-    The directory appears whole, at the end, or not at all; what a killed call left (`DIRECTORY.partial`) is removed.
+    The directory appears whole, at the end, or not at all.
 
     Args:
         directory: Must not exist yet.
@@ -98,25 +99,19 @@ def save_leaves(
     Raises:
         FileExistsError: `directory` exists.
     """
-    directory = pathlib.Path(directory).absolute()
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists; choose another directory or remove it first.")
-    staging = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    whole, metadata = staging / directory.name, model_metadata(config) | metadata
-    try:
-        context = ocp.Context()
-        context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-        with context:
-            for group in _groups(leaves):
-                ocp.partial.save(str(whole), unflatten_dict(group, sep="/"), custom_metadata=metadata)
-            ocp.partial.finalize(str(whole))
+    metadata = model_metadata(config) | metadata
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    with new_directory(directory) as staging, context:
+        whole = staging / "whole"
+        for group in _groups(leaves):
+            ocp.partial.save(str(whole), unflatten_dict(group, sep="/"), custom_metadata=metadata)
+        ocp.partial.finalize(str(whole))
+        for part in whole.iterdir():
+            part.rename(staging / part.name)
+        whole.rmdir()
         for name, file in files.items():
-            shutil.copyfile(file, whole / name)
-        os.rename(whole, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            shutil.copyfile(file, staging / name)
 
 
 def _groups(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterable[dict[str, np.ndarray]]:
@@ -185,7 +180,7 @@ def read_metadata(path: pathlib.Path) -> ModelMetadata:
             raise ValueError(f"{path}: the metadata of its {name} cannot be read.")
     config = from_mapping(MODELS[saved["model"]], saved["config"], f"{path.name}.config")
     factors, scaling = (metadata.metadata[LORA], saved[LORA]["scaling"]) if LORA in saved else (None, 1.0)
-    return ModelMetadata(config, params, metadata.metadata[params], factors, scaling)
+    return ModelMetadata(config, params, metadata.metadata[params], factors, scaling, saved)
 
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:
@@ -209,8 +204,12 @@ def first_readable[T](paths: Iterable[pathlib.Path], read: Callable[[pathlib.Pat
     for path in paths:
         try:
             return path, read(path)
+        except MemoryError:
+            raise
         # Orbax, TensorStore, the JSON parser and the file system each raise their own types for a damaged file.
         except Exception as caught:
+            if "RESOURCE_EXHAUSTED" in str(caught):
+                raise MemoryError(f"{path} does not fit the memory: {_first_line(caught)}") from caught
             logging.warning("DAMAGED CHECKPOINT %s cannot be read: %s", path, _first_line(caught))
             error = caught
     names = ", ".join(map(str, paths))
@@ -253,7 +252,7 @@ class Leaves:
         saved = read_metadata(path)
         self.config = saved.config
         self.shapes: dict[str, Any] = flatten_dict(saved.params, sep="/")
-        self.metadata: dict[str, Any] = ocp.checkpointables_metadata(str(path)).custom_metadata or {}  # pyright: ignore
+        self.metadata = saved.saved
         self.path = path
         self._name, self._scaling = saved.name, saved.lora_scaling
         self._factors: dict[str, Any] = flatten_dict(saved.lora or {}, sep="/")

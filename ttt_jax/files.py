@@ -1,8 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Files and directories that are there whole or not at all."""
 
+import contextlib
 import os
 import pathlib
+import shutil
 import uuid
+from collections.abc import Iterator
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
@@ -14,3 +17,25 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory to write into that gets its name when the context ends, and is gone if that ends by an error.
+
+    What a killed process left of it, hidden beside it, is removed.
+
+    Raises:
+        FileExistsError: `directory` exists.
+    """
+    directory = pathlib.Path(directory).absolute()
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists; choose another directory or remove it first.")
+    staging = directory.with_name(f".{directory.name}.being-written")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        os.rename(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 import ttt_jax
-from ttt_jax.convert import hub
+from ttt_jax.convert import hub, sources
 from ttt_jax.convert.program import Options, convert, plan
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -85,15 +85,25 @@ def repository(data_dir):
         yield server
 
 
-DOWNLOAD = "import sys; from ttt_jax.convert import hub; print(hub.download('owner/name'))"
+DOWNLOAD = """
+import sys
+from ttt_jax.convert import hub, sources
+
+print(hub.download("owner/name", lambda folder: sources.wanted_of_repository(sys.argv[1], folder)))
+"""
 
 
-def download(server, cache):
+def download(server, cache, kind="moshi"):
     """In a process of its own, since the client reads its settings when it is imported."""
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": str(cache)}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PATH": ""}
     return subprocess.run(
-        [sys.executable, "-c", DOWNLOAD], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", DOWNLOAD, kind],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -107,6 +117,26 @@ def test_a_repository_is_downloaded_and_converted(data_dir, tmp_path, repository
     ]
     convert(plan("moshi", folder, Options()), tmp_path / "out")
     assert ttt_jax.load(tmp_path / "out")[0].dim == 64
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "weights"),
+    [
+        ("moshi", {}, {"model.safetensors"}),
+        ("mimi", {"mimi_name": "codec.safetensors"}, {"codec.safetensors"}),
+        ("moshi", {"mimi_name": "codec.safetensors"}, {"model.safetensors", sources.MIMI_FILE}),
+        ("mimi", {}, {sources.MIMI_FILE}),
+        ("mimi", {"model_type": "mimi"}, {"model.safetensors", "codec.safetensors", sources.MIMI_FILE}),
+    ],
+)
+def test_only_the_weights_of_the_model_are_downloaded(tmp_path, repository, kind, config, weights):
+    files = dict.fromkeys(("model.safetensors", "codec.safetensors", sources.MIMI_FILE), b"x")
+    repository.files |= files | {"config.json": json.dumps(config).encode()}
+    if (kind, config) == ("moshi", {}):
+        del repository.files["codec.safetensors"]
+    done = download(repository, tmp_path / "cache", kind)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "cache").rglob("*.safetensors")} == weights
 
 
 def test_a_download_that_was_cut_goes_on(tmp_path, repository):

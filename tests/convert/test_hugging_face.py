@@ -42,8 +42,14 @@ def test_sizes_follow_from_its_config(raw):
     assert (published.hidden_scale, published.depformer_dim_feedforward, published.context) == (4.125, 4224, 3000)
     assert published.delays == (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
     assert moshi_config(raw).num_streams == 9
-    with pytest.raises(ValueError, match="num_key_value_heads=1"):
-        moshi_config(raw | {"num_key_value_heads": 1})
+    assert moshi_config({"rope_parameters": {"rope_theta": 5e5}, "sliding_window": None}).max_period == 5e5
+    for wrong in ({"num_key_value_heads": 1}, {"hidden_act": "gelu"}, {"rms_norm_eps": 1e-5}, {"head_dim": 99}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* is not supported"):
+            moshi_config(raw | wrong)
+    with pytest.raises(ValueError, match=r"depth_decoder_config\.hidden_act='gelu'"):
+        moshi_config(raw | {"depth_decoder_config": raw["depth_decoder_config"] | {"hidden_act": "gelu"}})
+    with pytest.raises(ValueError, match="rope_type='yarn'"):
+        moshi_config({"rope_parameters": {"rope_type": "yarn"}})
 
 
 def test_the_codecs_tensors_are_told_apart(raw, tensors):

@@ -186,7 +186,7 @@ def test_the_plan_is_printed_and_nothing_written(tmp_path, released, capsys):
     assert "text_linear.weight float32[50, 64] -> text_linear float32[64, 50]" in lines
     assert "emb.0.weight .. emb.15.weight (16) float32[33, 64] -> emb float32[16, 33, 64]" in lines
     assert "inserted -> layers_0/gate float32[64]" in lines
-    assert summary.startswith("123 tensors, 0.4 M parameters and 0.0 M of TTT")
+    assert summary.startswith("123 tensors, 0.4 M parameters and 0.0 M of TTT: 1.6 MB on the disk")
     assert [path.name for path in tmp_path.iterdir()] == ["released"]
 
 
@@ -218,7 +218,7 @@ def test_killed_half_way_it_leaves_nothing_that_loads_and_starts_again(tmp_path)
     arguments = ["--source=moshi", f"--input={tmp_path / 'synthetic'}", f"--output={out}"]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
-    while not list(tmp_path.glob("out.partial/out*/*")):
+    while not list(tmp_path.glob(".out.being-written/whole*/*")):
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -228,7 +228,7 @@ def test_killed_half_way_it_leaves_nothing_that_loads_and_starts_again(tmp_path)
     with pytest.raises(FileNotFoundError):
         ttt_jax.load(out)
     with pytest.raises(FileNotFoundError, match="neither a workdir"):
-        ttt_jax.load(tmp_path / "out.partial")
+        ttt_jax.load(tmp_path / ".out.being-written")
     convert(plan("moshi", str(tmp_path / "synthetic"), Options()), out)
     _, params = ttt_jax.load(out)
     assert_trees_equal(params, moshi_params(SMALL, load_file(tmp_path / "synthetic" / "model.safetensors")))
@@ -257,6 +257,12 @@ def broken_config(folder, rewritten):
     (folder / "config.json").write_text("{")
 
 
+def integers(folder, rewritten):
+    rewritten(
+        folder / "model.safetensors", lambda tensors: tensors.update({"out_norm.alpha": np.ones((1, 1, 64), int)})
+    )
+
+
 def two_files(folder, rewritten):
     for name in ("a", "b"):
         (folder / f"{name}.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
@@ -271,6 +277,7 @@ def two_files(folder, rewritten):
         (cut_it_short, "is cut short"),
         (wrong_config, r"is it the config of this checkpoint\?\nmisshapen"),
         (broken_config, r"--config: .*config\.json cannot be read as JSON"),
+        (integers, r"must be floating; the weights hold out_norm\.alpha int64"),
         (two_files, r"found a\.safetensors, b\.safetensors; name the file"),
     ],
 )
@@ -293,6 +300,9 @@ def test_the_command(tmp_path, released):
     assert "expected a .safetensors file" in nothing.stderr
     assert "Traceback" not in nothing.stderr
     assert not (tmp_path / "other").exists()
+    wrong = run("--reverse", f"--input={tmp_path / 'out'}", f"--output={tmp_path / 'other'}", "--ttt={}")
+    assert wrong.returncode == 1
+    assert "--ttt belongs to moshi, not to reverse" in wrong.stderr
     dry = run("--source=moshi", f"--input={folder}", "--dry_run")
     assert dry.returncode == 0
     assert "out_norm.alpha float32[1, 1, 64] -> out_norm/alpha float32[64]" in dry.stdout

@@ -146,13 +146,13 @@ def test_lora_factors_of_a_run_are_merged(tmp_path, released, train):
 def test_what_it_refuses(data_dir, tmp_path, released):
     convert(plan("moshi", str(released("moshi_tiny")), Options()), tmp_path / "out")
     (tmp_path / "there").mkdir()
-    with pytest.raises(FileExistsError, match=r"--output: .*there exists"):
+    with pytest.raises(FileExistsError, match="there exists"):
         reverse(tmp_path / "out", tmp_path / "there", dtype=None, names=None)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         reverse(tmp_path / "nothing", tmp_path / "back", dtype=None, names=None)
     *lines, summary = describe(tmp_path / "out", dtype="bfloat16", names="current")
     assert "emb -> emb.0.weight .. emb.15.weight (16) bfloat16[33, 64]" in lines
-    assert summary == "32 parameters, 0.00 GB; 0 of TTT"
+    assert summary == "32 parameters and 0 of TTT: 0.8 MB"
     assert not (tmp_path / "back").exists()
 
 

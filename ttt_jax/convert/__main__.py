@@ -17,7 +17,7 @@ SOURCE = flags.DEFINE_enum("source", None, ["moshi", "mimi", "ttt_lm"], "What th
 INPUT = flags.DEFINE_string("input", None, "Weights; with --reverse a checkpoint of this library.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Directory to write, which must not exist yet.")
 CONFIG = flags.DEFINE_string("config", None, "The model's config as JSON; by default config.json beside the weights.")
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of the parameters; default as stored.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the parameters; default as stored.")
 TTT = flags.DEFINE_string("ttt", None, "TTT layers to insert into a Moshi: JSON, a JSON file, or configs/NAME.py.")
 LORA = flags.DEFINE_string("lora", None, "LoRA weights to merge: a file, or a folder with its config.json.")
 LORA_SCALING = flags.DEFINE_float("lora_scaling", None, "Their scaling; default as their config says, else 2.")
@@ -26,6 +26,14 @@ SEED = flags.DEFINE_integer("seed", 0, "Of inserted TTT layers.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan, and the memory it will need, and write nothing.")
 REVERSE = flags.DEFINE_bool("reverse", False, "Write Kyutai's safetensors and config from a checkpoint.")
 NAMES = flags.DEFINE_enum("names", None, ["fused", "current"], "Of --reverse; default as the input of the conversion.")
+
+BELONGS_TO = {
+    "config": ("moshi", "mimi", "ttt_lm"),
+    "num_codebooks": ("mimi",),
+    "names": ("reverse",),
+    **{name: ("moshi",) for name in ("ttt", "lora", "lora_scaling", "seed")},
+}
+"""What flags are for, where they are not for everything."""
 
 
 def main(argv: list[str]) -> None:
@@ -38,10 +46,17 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--output is needed, the directory to write")
     if SOURCE.value is None and not REVERSE.value:
         raise app.UsageError("--source is needed: moshi, mimi or ttt_lm")
+    _check_flags("reverse" if REVERSE.value else SOURCE.value or "")
     try:
         (_reverse if REVERSE.value else _convert)()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _check_flags(mode: str) -> None:
+    for name, modes in BELONGS_TO.items():
+        if flags.FLAGS[name].present and mode not in modes:
+            raise app.UsageError(f"--{name} belongs to {' or '.join(modes)}, not to {mode}")
 
 
 def _convert() -> None:

@@ -38,6 +38,9 @@ _LAYER_PARTS = {
     "mlp.fc1": "gating{}.linear_in.weight",
     "mlp.fc2": "gating{}.linear_out.weight",
 }
+_FIXED = {"hidden_act": "silu", "rms_norm_eps": 1e-8}
+"""Of the layout's config: what this model implements for one value only."""
+
 _QKV = {f"self_attn.{part}_proj.linear": part for part in "qkv"}
 
 
@@ -63,11 +66,18 @@ def moshi_config(config: Mapping[str, Any]) -> MoshiConfig:
         ValueError: It describes a model that `MoshiConfig` does not.
     """
     depth = {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16, "ffn_dim": 5632}
-    depth |= config.get("depth_decoder_config") or {}
+    depth |= _told(config.get("depth_decoder_config") or {})
+    config = _told(config)
     width, codebooks = config.get("hidden_size", 4096), config.get("num_codebooks", 8)
-    for name, sizes in (("", config), ("depth_decoder_config.", depth)):
-        if sizes.get("num_key_value_heads") not in (None, sizes.get("num_attention_heads", 32)):
-            raise ValueError(f"{name}num_key_value_heads={sizes['num_key_value_heads']}: expected as many as heads")
+    parts = (
+        ("", config, config.get("num_attention_heads", 32)),
+        ("depth_decoder_config.", depth, depth["num_attention_heads"]),
+    )
+    for part, sizes, heads in parts:
+        expected = {"num_key_value_heads": heads, "head_dim": sizes.get("hidden_size", 4096) // heads, **_FIXED}
+        wrong = [f"{part}{name}={sizes[name]!r}" for name, value in expected.items() if sizes.get(name, value) != value]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} is not supported; this model implements {expected}")
     return MoshiConfig(
         dim=width,
         text_card=config.get("vocab_size", 32000),
@@ -85,6 +95,15 @@ def moshi_config(config: Mapping[str, Any]) -> MoshiConfig:
         depformer_num_layers=depth["num_hidden_layers"],
         delays=(0, *(0, *(1,) * (codebooks - 1)) * 2),
     )
+
+
+def _told(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config says: null is the default, and newer files keep the rotary embedding's theta in a part."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type={rope['rope_type']!r} is not supported; this model implements 'default'")
+    told = {name: rope[name] for name in ("rope_theta",) if name in rope} | dict(config)
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _feedforward(gated: int, width: int) -> int:

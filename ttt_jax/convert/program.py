@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -21,7 +22,7 @@ from ttt_jax.data.tokens import TOKENIZER_FILE
 from ttt_jax.models.moshi import MoshiConfig, TTTInsertion
 from ttt_jax.models.moshi.insertion import init_inserted, inserted_shapes
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 BASE_BYTES = 700 * 2**20
 """Of a process that has imported JAX and Orbax, measured."""
 
@@ -62,7 +63,8 @@ def plan(kind: str, name: str, options: Options, *, dtype: str | None = None, tt
         kind: "moshi", "mimi" or "ttt_lm".
         name: Its weights: a file, an index, a folder or a repository of the Hugging Face hub.
         options: Where the rest of it is.
-        dtype: Of the parameters and of the computation, one of `DTYPES`; None as the tensors are stored.
+        dtype: Of the parameters, one of `DTYPES`; None as the tensors are stored. A Moshi of bfloat16 parameters alone
+            also computes in it. Rounding Mimi's codebooks changes its codes.
         ttt: TTT layers to insert into a Moshi, with zero effect.
 
     Raises:
@@ -72,6 +74,7 @@ def plan(kind: str, name: str, options: Options, *, dtype: str | None = None, tt
         raise ValueError(f"--dtype: expected one of {DTYPES}, got {dtype!r}")
     source = open_source(kind, name, options)
     check_tensors(source.table.shapes, source.tensors)
+    _check_floating(source)
     config = source.config
     if ttt is not None:
         if not isinstance(config, MoshiConfig):
@@ -84,6 +87,15 @@ def plan(kind: str, name: str, options: Options, *, dtype: str | None = None, tt
     return Plan(
         source, config, None if dtype is None else np.dtype(dtype), {} if ttt is None else inserted_shapes(config)
     )
+
+
+def _check_floating(source: Source) -> None:
+    names = [name for rule in source.table.rules for name in rule.names]
+    wrong = [
+        f"{name} {x.dtype}" for name in names if not jnp.issubdtype((x := source.tensors[name]).dtype, jnp.floating)
+    ]
+    if wrong:
+        raise ValueError(f"parameters must be floating; the weights hold {'; '.join(wrong)}")
 
 
 def describe(steps: Plan) -> Iterator[str]:
@@ -101,7 +113,7 @@ def describe(steps: Plan) -> Iterator[str]:
     yield (
         f"{len(tensors)} tensors, {parameters / 1e6:.1f} M parameters"
         + (f" and {inserted / 1e6:.1f} M of TTT" if inserted else "")
-        + f": {sum(steps.leaf_bytes()) / 1e9:.2f} GB on the disk, about {steps.peak_bytes() / 1e9:.1f} GB of memory"
+        + f": {sum(steps.leaf_bytes()) / 1e6:.1f} MB on the disk, about {steps.peak_bytes() / 1e9:.1f} GB of memory"
     )
 
 
@@ -158,8 +170,10 @@ def read_insertion(text: str) -> TTTInsertion:
             "--ttt: expected JSON such as '{\"layers\": [15, 31]}', a file with it, or a config file of train.py "
             f"(configs/NAME.py), got {text!r} ({error})"
         ) from error
-    except (OSError, TypeError) as error:
+    except OSError as error:
         raise ValueError(f"--ttt: {error}") from error
+    except TypeError as error:  # names the field
+        raise ValueError(str(error)) from error
 
 
 def _config_file(name: str, text: str) -> dict[str, Any]:

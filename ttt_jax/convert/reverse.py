@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -18,6 +17,7 @@ from ttt_jax.convert.checks import check_tensors
 from ttt_jax.convert.table import Rule, Table, take_apart
 from ttt_jax.convert.writing import Entry, constant_entries, entries_of, table_of, write_file
 from ttt_jax.data.tokens import TOKENIZER_FILE
+from ttt_jax.files import new_directory
 from ttt_jax.models.moshi.insertion import is_inserted
 
 TTT_FILE = "ttt.safetensors"
@@ -62,16 +62,11 @@ def reverse(directory: str | pathlib.Path, output: pathlib.Path, *, dtype: str |
         FileExistsError: `output` exists.
         ValueError: The checkpoint holds no Moshi or Mimi, or cannot be read.
     """
-    if output.exists():
-        raise FileExistsError(f"--output: {output} exists; choose another directory or remove it first")
     reversal = _open(directory, dtype, names)
     rules, ttt = reversal.table.rules, reversal.ttt_entries()
     entries = [entry for rule in rules for entry in reversal.entries(rule)]
     entries += constant_entries(reversal.table)
-    staging = output.with_name(output.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with new_directory(output) as staging:
         with _bar(sum(entry.nbytes for entry in (*entries, *ttt))) as bar:
             tensors = (tensor for rule in rules for tensor in reversal.tensors(rule))
             values = itertools.chain(tensors, reversal.table.constants.values())
@@ -81,9 +76,6 @@ def reverse(directory: str | pathlib.Path, output: pathlib.Path, *, dtype: str |
         if (tokenizer := reversal.leaves.path / TOKENIZER_FILE).is_file():
             shutil.copyfile(tokenizer, staging / sources.TOKENIZER_FILE)
         (staging / sources.CONFIG_FILE).write_text(json.dumps(reversal.leaves.config.to_kyutai(), indent=1) + "\n")
-        os.rename(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def describe(directory: str | pathlib.Path, *, dtype: str | None, names: str | None) -> Iterator[str]:
@@ -95,7 +87,11 @@ def describe(directory: str | pathlib.Path, *, dtype: str | None, names: str | N
         total += sum(entry.nbytes for entry in entries)
         others = f" .. {entries[-1].name} ({len(entries)})" if len(entries) > 1 else ""
         yield f"{rule.path} -> {entries[0].name}{others} {entries[0].dtype.name}{list(entries[0].shape)}"
-    yield f"{len(reversal.table.rules)} parameters, {total / 1e9:.2f} GB; {len(reversal.ttt_entries())} of TTT"
+    ttt = reversal.ttt_entries()
+    for entry in ttt:
+        yield f"{entry.name} -> {TTT_FILE} {entry.dtype.name}{list(entry.shape)}"
+    total += sum(entry.nbytes for entry in (*constant_entries(reversal.table), *ttt))
+    yield f"{len(reversal.table.rules)} parameters and {len(ttt)} of TTT: {total / 1e6:.1f} MB"
 
 
 def _open(directory: str | pathlib.Path, dtype: str | None, names: str | None) -> _Reversal:

@@ -53,7 +53,9 @@ def open_source(kind: str, name: str, options: Options) -> Source:
     Raises:
         ValueError: Nothing there, a damaged file, a config that cannot be read; names the flag and the likely fix.
     """
-    path = hub.download(name) if hub.is_repository(name) else pathlib.Path(name)
+    path = pathlib.Path(name)
+    if hub.is_repository(name):
+        path = hub.download(name, lambda folder: wanted_of_repository(kind, folder))
     if not path.exists():
         raise ValueError(
             f"--input: {path} does not exist; expected a .safetensors file, its index or a folder with them"
@@ -61,6 +63,16 @@ def open_source(kind: str, name: str, options: Options) -> Source:
     if kind != "moshi" and options.lora is not None:
         raise ValueError("--lora: only Moshi has LoRA weights")
     return SOURCES[kind](path, options)
+
+
+def wanted_of_repository(kind: str, folder: pathlib.Path) -> hub.Patterns:
+    """Repositories of Moshi hold Mimi in a file of its own; where they tell of none, all weights are wanted."""
+    raw = _read_config(None, folder / CONFIG_FILE) or {}
+    mimi_file = raw.get("mimi_name") or MIMI_FILE
+    holds_it_apart = "audio_encoder_config" not in raw and raw.get("model_type") != "mimi"
+    if kind == "mimi" and holds_it_apart:
+        return hub.Patterns([mimi_file], [])
+    return hub.Patterns(["*" + SUFFIX], [mimi_file] if kind == "moshi" else [])
 
 
 def _open_moshi(path: pathlib.Path, options: Options) -> Source:

@@ -32,7 +32,10 @@ def main(argv: list[str]) -> None:
 
     model = MoshiConfig if SOURCE.value == "moshi" else MimiConfig
     dtype = DTYPE.value or ("bfloat16" if model is MoshiConfig else "float32")
-    write(model.from_kyutai(CONFIG.value or {}), pathlib.Path(OUTPUT.value), dtype=dtype, seed=SEED.value)
+    try:
+        write(model.from_kyutai(CONFIG.value or {}), pathlib.Path(OUTPUT.value), dtype=dtype, seed=SEED.value)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(OUTPUT.value)
 
 
@@ -41,18 +44,19 @@ def write(config, output: pathlib.Path, *, dtype: str, seed: int) -> None:
     # Imported late so that `--help` answers at once.
     from ttt_jax.convert.sources import CONFIG_FILE, MIMI_FILE, MOSHI_FILE
     from ttt_jax.convert.writing import constant_entries, entries_of, table_of, write_file
+    from ttt_jax.files import new_directory
     from ttt_jax.models.moshi import MoshiConfig
 
     table = table_of(config)
     entries = [entry for rule in table.rules for entry in entries_of(rule, np.dtype(dtype), fused=True)]
     values = itertools.chain(_random(list(entries), seed), table.constants.values())
     entries += constant_entries(table)
-    output.mkdir(parents=True)
     size = sum(entry.nbytes for entry in entries)
-    with tqdm.tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
-        name = MOSHI_FILE if isinstance(config, MoshiConfig) else MIMI_FILE
-        write_file(output / name, entries, values, bar.update)
-    (output / CONFIG_FILE).write_text(json.dumps(config.to_kyutai(), indent=1) + "\n")
+    name = MOSHI_FILE if isinstance(config, MoshiConfig) else MIMI_FILE
+    bar = tqdm.tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr)
+    with new_directory(output) as staging, bar:
+        write_file(staging / name, entries, values, bar.update)
+        (staging / CONFIG_FILE).write_text(json.dumps(config.to_kyutai(), indent=1) + "\n")
 
 
 def _random(entries, seed: int) -> Iterator[np.ndarray]:

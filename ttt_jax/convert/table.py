@@ -4,7 +4,6 @@ A tensor is anything with `shape` and `dtype` that `numpy.asarray` takes: an arr
 file when it is asked for.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -87,8 +86,3 @@ def make_params(table: Table, tensors: Tensors, dtype: Any = None) -> dict[str, 
     """
     check_tensors(table.shapes, tensors)
     return unflatten_dict({rule.path: assemble(rule, tensors, dtype) for rule in table.rules}, sep="/")
-
-
-def largest_leaf(rules: Iterable[Rule]) -> int:
-    """Elements of the largest leaf."""
-    return max(math.prod(rule.leaf_shape) for rule in rules)
