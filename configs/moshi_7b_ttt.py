@@ -10,7 +10,7 @@ Written for 8 GPUs of 80 GB. What is trained, of 7.959 B parameters:
 
 - qkvo: projections of the temporal attention, TTT layers and gates; 2.42 B
 - ttt: TTT layers and gates alone; 0.27 B
-- lora: low-rank factors beside all linear layers, TTT layers and gates; 0.65 B
+- lora: low-rank factors beside all linear layers, TTT layers and gates; 0.66 B
 - all: everything
 
 Each row walks through whole recordings with its attention caches and TTT states carried. Attention sees the 3000 frames
