@@ -12,11 +12,13 @@ Side by side the two are a recording of the conversation: frame i of the output 
 frame i of the input. (Live it can be heard one frame after that, as soon as frame i is over and has been computed.
 Models of more than one frame of delay, which Kyutai's do not have, are late by the rest.)
 
-`--text` gets the words, `--words` a JSON of them with their times in the input, in moshi-finetune's layout.
+`--text` gets the words, `--words` a JSON of them with their times in the input (and the silence before it), in
+moshi-finetune's layout: `ttt_jax.data.prepare` reads it beside the sound of a whole run.
 
 `--save_state=DIR` keeps the whole conversation as it is at the end, `--load_state=DIR` goes on with it. With
 `--frames=N`, and in the next run `--load_state=DIR --start_frame=N`, one recording goes through in parts, and the parts
-are what one run would have given, sample by sample (same flags, same machine).
+are what one run would have given, sample by sample (same flags, same machine); a word that the cut falls into is
+written as two.
 
 While it runs its files are called NAME.partial. They get their names at the end, also after Ctrl-C or SIGTERM, which
 end the conversation with the present frame. An error leaves no files, a kill leaves NAME.partial.
@@ -73,10 +75,12 @@ def main(argv: list[str]) -> None:
     sampling = program.Sampling(TEMPERATURE.value, TOP_K.value, TEMPERATURE_TEXT.value, TOP_K_TEXT.value)
     try:
         report = program.run(program.Options(**values, sampling=sampling, conditions=conditions))
-    except (ValueError, OSError, BadRecordingError) as error:
+    except BadRecordingError as error:
+        sys.exit(f"error: --input: {INPUT.value}: {error}")
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(report, file=sys.stderr)
-    if report.stopped or FRAMES.value is not None:
+    if report.stopped or report.frames == FRAMES.value:
         _tell_how_to_go_on(report.first_frame + report.frames)
 
 

@@ -126,6 +126,11 @@ def run(options: Options) -> Report:
 
 def _check_files(options: Options) -> None:
     """What can be told from the flags alone."""
+    named: dict[pathlib.Path, str] = {}
+    for flag in ("input", "tokenizer", "output", "text", "words", "save_state"):
+        path = getattr(options, flag)
+        if path is not None and named.setdefault(path.resolve(), flag) != flag:
+            raise ValueError(f"--{flag}: {path} is the file of --{named[path.resolve()]}; choose another name")
     if options.channel not in CHANNELS:
         raise ValueError(f"--channel: expected one of {list(CHANNELS)}, got {options.channel!r}")
     if options.output is not None and options.output.suffix not in output.FORMATS:
@@ -176,7 +181,8 @@ def _read_config(flag: str, source: str, kind: type, directory: pathlib.Path) ->
             "--input=kyutai/moshiko-pytorch-bf16 --output=DIR`"
         ) from error
     if not isinstance(config, kind):
-        raise ValueError(f"--{flag}: expected a {kind.__name__}'s model, {directory} is a {type(config).__name__}'s")
+        expected, got = (name.removesuffix("Config") for name in (kind.__name__, type(config).__name__))
+        raise ValueError(f"--{flag}: expected a {expected}, {directory} holds a {got}")
     return config
 
 
@@ -212,20 +218,20 @@ def _converse(
         sinks = _Sinks(files, options, configs, tokenizer)
         bar = files.enter_context(_bar(options, configs.mimi))
         began = time.perf_counter()
-        for frame in _frames(options, configs.mimi):
+        for count, frame in enumerate(_frames(options, configs.mimi), start=1):
             sound, tokens, conversation = advance(configs, params, conversation, frame[None, None], **given)
             sinks.push(sound, tokens)
             bar.update()
-            _tell_speed(bar, began, 1 / configs.mimi.frame_rate)
+            _tell_speed(bar, (time.perf_counter() - began) / count, 1 / configs.mimi.frame_rate)
             if stop.requested:
                 break
         sinks.flush()
         seconds = time.perf_counter() - began
         if not sinks.frames:
             raise ValueError(f"--start_frame: {options.input} has no frame {options.start_frame}")
+        sinks.finish()
         if options.save_state is not None:
             save_conversation(options.save_state, configs, params, conversation)
-        sinks.finish()
     frame_s = 1 / configs.mimi.frame_rate
     return Report(options.start_frame, sinks.frames, frame_s, seconds, compile_s, stop.requested)
 
@@ -323,6 +329,5 @@ def _bar(options: Options, config: MimiConfig) -> tqdm.tqdm:
     return tqdm.tqdm(total=total, desc="talking", unit="frame", dynamic_ncols=True, file=sys.stderr)
 
 
-def _tell_speed(bar: tqdm.tqdm, began: float, frame_s: float) -> None:
-    each = (time.perf_counter() - began) / bar.n
+def _tell_speed(bar: tqdm.tqdm, each: float, frame_s: float) -> None:
     bar.set_postfix_str(f"{1000 * each:.1f} ms a frame, real-time factor {each / frame_s:.2f}", refresh=False)
