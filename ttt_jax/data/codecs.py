@@ -110,11 +110,7 @@ class Codec2Encoder:
 
     def push(self, wav: np.ndarray) -> np.ndarray:
         """Take float [S] in [-1, 1] and return int32 [8, t]: the whole frames that are complete by now."""
-        wav = np.asarray(wav)
-        if wav.ndim != 1:
-            raise ValueError(f"wav: expected one channel of shape [samples], got {wav.shape}")
-        if not np.isfinite(wav).all():
-            raise ValueError("wav: holds samples that are not finite; expected floats in [-1, 1]")
+        wav = check_channel(wav)
         samples = np.clip(np.rint(wav * 32768), -32768, 32767).astype(np.int16)
         samples = np.concatenate([self._pending, samples])
         whole = len(samples) // Codec2.frame_samples * Codec2.frame_samples
@@ -129,6 +125,16 @@ class Codec2Encoder:
         """The frame still open, padded with silence: int32 [8, 1], or [8, 0] if none is open."""
         missing = -len(self._pending) % Codec2.frame_samples
         return self.push(np.zeros(missing, np.float32))
+
+
+def check_channel(wav: np.ndarray) -> np.ndarray:
+    """The sound as an array [S]; ValueError where it has another shape or samples that are not finite."""
+    wav = np.asarray(wav)
+    if wav.ndim != 1:
+        raise ValueError(f"wav: expected one channel of shape [samples], got {wav.shape}")
+    if not np.isfinite(wav).all():
+        raise ValueError("wav: holds samples that are not finite; expected floats in [-1, 1]")
+    return wav
 
 
 CODECS = ("codec2", "mimi")

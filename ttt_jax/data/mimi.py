@@ -4,16 +4,20 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import threading
 from typing import Any
 
 import numpy as np
 
+from ttt_jax.data.codecs import check_channel
 from ttt_jax.models import mimi
 from ttt_jax.models.mimi import MimiConfig
 
 ENCODED_FRAMES = 125
 DECODED_FRAMES = 25
-"""Frames of one call; the one compiled program takes no others."""
+"""Frames of one call; what is left over is decoded frame by frame, and encoded with silence behind it."""
+
+_LOADING = threading.Lock()  # several threads may ask at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +109,13 @@ def open_mimi(directory: str, num_codebooks: int | None = None) -> MimiCodec:
     return MimiCodec(str(pathlib.Path(directory).absolute()), config)
 
 
-@functools.cache
 def _params(directory: str) -> Any:
+    with _LOADING:
+        return _loaded(directory)
+
+
+@functools.cache
+def _loaded(directory: str) -> Any:
     from ttt_jax.checkpoint import load
 
     return load(directory)[1]
@@ -132,11 +141,7 @@ class MimiEncoder:
 
     def push(self, wav: np.ndarray) -> np.ndarray:
         """Take float [S] in [-1, 1] and return int32 [num_codebooks, t]: the frames that are done by now."""
-        wav = np.asarray(wav)
-        if wav.ndim != 1:
-            raise ValueError(f"wav: expected one channel of shape [samples], got {wav.shape}")
-        if not np.isfinite(wav).all():
-            raise ValueError("wav: holds samples that are not finite; expected floats in [-1, 1]")
+        wav = check_channel(wav)
         samples = np.concatenate([self._pending, wav.astype(np.float32)])
         size = ENCODED_FRAMES * self._config.frame_samples
         whole = len(samples) // size * size
