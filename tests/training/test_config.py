@@ -169,7 +169,7 @@ def test_an_unknown_size_or_variant_is_named():
 
 
 FROM_THE_DATASET = {"n_q", "dep_q", "card", "text_card", "existing_text_padding_id", "existing_text_end_padding_id"}
-VARIANTS = {"depformer_low_rank_embeddings", "extra_heads_num_heads", "extra_heads_dim", "conditioners"}
+VARIANTS = {"depformer_low_rank_embeddings", "extra_heads_num_heads", "extra_heads_dim", "conditioners", "model_type"}
 NOT_FLAGS = FROM_THE_DATASET | VARIANTS | {"dtype"}  # which precision.activations sets
 
 
