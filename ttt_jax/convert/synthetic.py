@@ -6,6 +6,7 @@
 A folder as Kyutai's: the weights under their usual name, and config.json. It says nothing worth hearing.
 """
 
+import functools
 import itertools
 import json
 import pathlib
@@ -16,27 +17,31 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
-SOURCE = flags.DEFINE_enum("source", "moshi", ["moshi", "mimi"], "Which model.")
-CONFIG = flags.DEFINE_string("config", None, "Its config as JSON; by default the published sizes.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder to write, which must not exist yet.", required=True)
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: bfloat16 for Moshi, float32 for Mimi.")
-SEED = flags.DEFINE_integer("seed", 0, "Another seed draws other weights.")
+
+def define_flags() -> flags.FlagValues:
+    """The program's flags, defined only where it runs as one."""
+    flags.DEFINE_enum("source", "moshi", ["moshi", "mimi"], "Which model.")
+    flags.DEFINE_string("config", None, "Its config as JSON; by default the published sizes.")
+    flags.DEFINE_string("output", None, "Folder to write, which must not exist yet.", required=True)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: bfloat16 for Moshi, float32 for Mimi.")
+    flags.DEFINE_integer("seed", 0, "Another seed draws other weights.")
+    return flags.FLAGS
 
 
-def main(argv: list[str]) -> None:
+def main(options: flags.FlagValues, argv: list[str]) -> None:
     """Run the program."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     from ttt_jax.models.mimi import MimiConfig
     from ttt_jax.models.moshi import MoshiConfig
 
-    model = MoshiConfig if SOURCE.value == "moshi" else MimiConfig
-    dtype = DTYPE.value or ("bfloat16" if model is MoshiConfig else "float32")
+    model = MoshiConfig if options.source == "moshi" else MimiConfig
+    dtype = options.dtype or ("bfloat16" if model is MoshiConfig else "float32")
     try:
-        write(model.from_kyutai(CONFIG.value or {}), pathlib.Path(OUTPUT.value), dtype=dtype, seed=SEED.value)
+        write(model.from_kyutai(options.config or {}), pathlib.Path(options.output), dtype=dtype, seed=options.seed)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(OUTPUT.value)
+    print(options.output)
 
 
 def write(config, output: pathlib.Path, *, dtype: str, seed: int) -> None:
@@ -71,4 +76,4 @@ def _random(entries, seed: int) -> Iterator[np.ndarray]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(functools.partial(main, define_flags()))

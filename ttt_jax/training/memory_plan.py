@@ -8,11 +8,11 @@ as many CPU devices: its arguments are exact, its temporaries are those of anoth
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 
     from ttt_jax.training.config import ExperimentConfig
     from ttt_jax.training.step import TrainState
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, such as configs/moshi_7b_ttt.py:qkvo.")
-DEVICES = flags.DEFINE_integer("devices", 8, "Devices, 8 to a host.", lower_bound=1)
-TARGET = flags.DEFINE_enum("target", "h100", ["h100", "cpu"], "What to compile for.")
-OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 
 PLUGINS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")
 DEVICES_PER_HOST = 8
@@ -218,24 +213,33 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def define_flags() -> flags.FlagValues:
+    """The program's flags, defined only where it runs as one."""
+    config_flags.DEFINE_config_file("config", None, "Experiment, such as configs/moshi_7b_ttt.py:qkvo.")
+    flags.mark_flag_as_required("config")
+    flags.DEFINE_integer("devices", 8, "Devices, 8 to a host.", lower_bound=1)
+    flags.DEFINE_enum("target", "h100", ["h100", "cpu"], "What to compile for.")
+    flags.DEFINE_string("output", None, "JSON file to write.")
+    return flags.FLAGS
+
+
+def main(options: flags.FlagValues, argv: list[str]) -> None:
     """Prints the plan that the flags ask for, and writes it."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    _prepare(TARGET.value, DEVICES.value)
+    _prepare(options.target, options.devices)
     import jax
 
-    devices = jax.devices() if TARGET.value == "cpu" else h100s(DEVICES.value)
-    result = plan(read_config(CONFIG.value.to_dict()), devices)
-    if TARGET.value == "h100":
+    devices = jax.devices() if options.target == "cpu" else h100s(options.devices)
+    result = plan(read_config(options.config.to_dict()), devices)
+    if options.target == "h100":
         result["fits"] = result["program"]["total"] <= USABLE * CAPACITY
     print(describe(result))
     if "fits" in result:
         print(f"{'fits' if result['fits'] else 'DOES NOT FIT'} into {USABLE:.0%} of {CAPACITY / 1e9:.1f} GB")
-    if OUTPUT.value:
-        pathlib.Path(OUTPUT.value).write_text(json.dumps(result, indent=2) + "\n")
+    if options.output:
+        pathlib.Path(options.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main, argv=sys.argv)
+    app.run(functools.partial(main, define_flags()))

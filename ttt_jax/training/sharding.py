@@ -2,7 +2,7 @@
 
 The mesh has three axes. Rows of a batch, and of what they carry from chunk to chunk, are split over `data` and `fsdp`.
 Parameters and their optimizer moments are split over `tensor` by heads and hidden units, and over `fsdp` by whatever
-axis is left; `gathered` puts the `fsdp` parts of a layer together again where the layer is computed. What no rule fits
+axis is left; `gathering_view` puts the `fsdp` parts of a layer together again where the layer is computed. What no rule fits
 is replicated. The compiler makes the program for each device out of this, so a bad rule costs time, never correctness.
 """
 
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ttt_jax.models.moshi import MoshiConfig
+from ttt_jax.models.moshi import MoshiConfig, View
 from ttt_jax.training.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
@@ -162,21 +162,24 @@ def parameter_shardings(mesh: Mesh, model: MoshiConfig, params: Any) -> Any:
     return jax.tree.map_with_path(functools.partial(_parameter_sharding, mesh, model), params)
 
 
-def gathered(model: MoshiConfig, names: tuple[str, ...], params: Any) -> Any:
-    """The parameters at `names`, no longer split over `fsdp`; what `Moshi.view` is in training.
+def gathering_view(model: MoshiConfig) -> View | None:
+    """`Moshi.view` in training: parameters as they are used, no longer split over `fsdp`; None where nothing is split.
 
     Their gradients come back summed and split again. Without this the compiler may choose to split activations instead
-    and give every device the whole batch. Does nothing outside a mesh or where `fsdp` is 1.
+    and give every device the whole batch.
     """
     mesh = jax.sharding.get_abstract_mesh().shape
     if mesh.get("fsdp", 1) == 1:
-        return params
+        return None
 
-    def gather(path, leaf):
-        spec = parameter_spec((*names, *_names(path)), leaf.shape, model, mesh)
-        return _gather(leaf, spec) if "fsdp" in spec else leaf
+    def view(names: tuple[str, ...], params: Any) -> Any:
+        def gather(path, leaf):
+            spec = parameter_spec((*names, *_names(path)), leaf.shape, model, mesh)
+            return _gather(leaf, spec) if "fsdp" in spec else leaf
 
-    return jax.tree.map_with_path(gather, params)
+        return jax.tree.map_with_path(gather, params)
+
+    return view
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

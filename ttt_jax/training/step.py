@@ -103,7 +103,7 @@ def _loss(config: ExperimentConfig, params, weights, trained: Trained, chunk: Ch
 
 
 def _model(config: ExperimentConfig) -> moshi.Moshi:
-    return moshi.Moshi(config.model, functools.partial(sharding.gathered, config.model))
+    return moshi.Moshi(config.model, sharding.gathering_view(config.model))
 
 
 def _variables(config: ExperimentConfig, params, lora) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ttt_jax.models.moshi.config import (
 )
 from ttt_jax.models.moshi.delays import delay, delay_mask, delayed_positions, undelay
 from ttt_jax.models.moshi.losses import Losses, LossSums, loss_sums, losses, mean_losses, token_nll
-from ttt_jax.models.moshi.model import LayerState, Moshi, MoshiOutput, init_state
+from ttt_jax.models.moshi.model import LayerState, Moshi, MoshiOutput, View, init_state
 from ttt_jax.models.moshi.stream import StepLogits, Stream, init_stream, stream_step, stream_step_with_logits
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "StepLogits",
     "Stream",
     "TTTInsertion",
+    "View",
     "check_codes",
     "condition_vector",
     "delay",
