@@ -4,7 +4,7 @@ INSTALLED := .venv/installed
 DATA := data/quickstart
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint format newest-jax clean
+.PHONY: quickstart test lint format newest-jax kernels-check clean
 
 # Synthesises conversations, tokenises them, trains a small Moshi with TTT layers and reports on held-out voices.
 quickstart: $(INSTALLED)
@@ -15,7 +15,7 @@ quickstart: $(INSTALLED)
 	@echo "continuation: $(RUN)/continuation.wav"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -32,6 +32,12 @@ newest-jax:
 	.venv-newest/bin/pip install --upgrade jax pytest
 	PYTHONPATH=.:kernels .venv-newest/bin/python -m pytest tests/ttt -p no:cacheprovider
 
+# Compiles the GPU kernels for an H100, which need not be there, and holds registers, spills and the like to a table.
+kernels-check: $(INSTALLED)
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --upgrade --target .venv-h100 \
+	  jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc
+	PYTHONPATH=.venv-h100 $(BIN)/python -m ttt_kernels.check
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv .venv
@@ -39,4 +45,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest $(RUN) $(DATA)
+	rm -rf .venv .venv-newest .venv-h100 $(RUN) $(DATA)

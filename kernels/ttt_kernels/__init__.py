@@ -1,6 +1,7 @@
-"""GPU kernels for the TTT inner loop. Depends on jax alone.
+"""GPU kernels for the TTT inner loop, on NVIDIA Hopper. Depends on jax alone; `kernels/README.md` has the design."""
 
-`SUPPORTED` names the operations that have a kernel; it is empty until the first kernel lands.
-"""
+from ttt_kernels.blocks import LinearBlocks
+from ttt_kernels.interpreter import interpreted
+from ttt_kernels.linear import ttt_linear
 
-SUPPORTED: frozenset[str] = frozenset()
+__all__ = ["LinearBlocks", "interpreted", "ttt_linear"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ttt_jax import devices
 from ttt_jax.layers.attention import flash, init_attention_cache, segment_attention, window_attention
 from ttt_jax.layers.rope import RotaryEmbedding
 
@@ -37,7 +38,7 @@ def on_gpu(monkeypatch):
         with jax.numpy_dtype_promotion("standard"):
             return attend(*args, implementation="xla", **keywords)
 
-    monkeypatch.setattr(flash, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(devices, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(jax.nn, "dot_product_attention", xla)
     return calls
 
@@ -177,7 +178,7 @@ def test_rotations_beyond_16_bits_are_left_to_xla(on_gpu, monkeypatch):
     ("capability", "head_dim", "message"), [((7, 5), 8, "8.0, this GPU has 7.5"), ((8, 0), 136, "at most 128")]
 )
 def test_old_gpus(capability, head_dim, message, on_gpu, monkeypatch):
-    monkeypatch.setattr(flash, "compute_capability", lambda: capability)
+    monkeypatch.setattr(devices, "compute_capability", lambda: capability)
     with pytest.raises(NotImplementedError, match=message):
         KINDS["window"](*qkv(6, jnp.bfloat16, head_dim), implementation="cudnn")
 
@@ -191,6 +192,6 @@ def test_without_a_gpu_cudnn_is_refused_and_none_takes_xla(kind):
     with pytest.raises(ValueError, match="implementation must be 'xla', 'cudnn' or None, got 'flash'"):
         KINDS[kind](*x, implementation="flash")
     with jax.default_device("cpu"):
-        assert flash.compute_capability() is None
+        assert devices.compute_capability() is None
     with jax.default_device(jax.devices()[3]):
-        assert flash.compute_capability() is None
+        assert devices.compute_capability() is None

@@ -16,14 +16,13 @@ from ttt_jax.data.builder import TokenRecordings
 from ttt_jax.data.tokens import INFO_FILE, TokenInfo, info_to_json
 
 ROOT = pathlib.Path(__file__).parents[2]
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles sooner
 TINY = pathlib.Path(__file__).parent / "tiny.py"
 
 
 class Run:
     """train.py on the tiny config in one workdir; each `start` is a process."""
 
-    def __init__(self, dataset: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path, mode: str = "crops"):
+    def __init__(self, dataset: pathlib.Path, workdir: pathlib.Path, environment: dict[str, str], mode: str = "crops"):
         self.workdir = workdir
         self._command = [
             sys.executable,
@@ -33,12 +32,7 @@ class Run:
             f"--config.data.directory={dataset}",
             f"--config.data.mode={mode}",
         ]
-        self._environment = {
-            **os.environ,
-            "XLA_FLAGS": XLA_FLAGS,
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        self._environment = {**os.environ, **environment}
 
     def start(self, *flags: str) -> subprocess.Popen:
         return subprocess.Popen(
@@ -110,7 +104,7 @@ def dataset(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory) -> pathlib.Path:
-    """Spares the many processes most of their start."""
+    """Of compiled functions, shared by the many processes."""
     return tmp_path_factory.mktemp("compilation_cache")
 
 
@@ -133,35 +127,45 @@ def tiny_config_path() -> pathlib.Path:
     return TINY
 
 
+@pytest.fixture(scope="session")
+def process_environment(compilation_cache, fast_compilation) -> dict[str, str]:
+    """Spares the many processes most of their start."""
+    return {
+        "XLA_FLAGS": fast_compilation,
+        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 @pytest.fixture
-def new_run(dataset, tmp_path, compilation_cache) -> Run:
-    return Run(dataset, tmp_path / "run", compilation_cache)
+def new_run(dataset, tmp_path, process_environment) -> Run:
+    return Run(dataset, tmp_path / "run", process_environment)
 
 
 @pytest.fixture(scope="session")
-def make_follow_run(dataset, compilation_cache) -> Callable[[pathlib.Path], Run]:
+def make_follow_run(dataset, process_environment) -> Callable[[pathlib.Path], Run]:
     """A run in a given workdir."""
-    return lambda workdir: Run(dataset, workdir, compilation_cache, "follow")
+    return lambda workdir: Run(dataset, workdir, process_environment, "follow")
 
 
 @pytest.fixture
-def new_follow_run(dataset, tmp_path, compilation_cache) -> Run:
-    return Run(dataset, tmp_path / "run", compilation_cache, "follow")
+def new_follow_run(dataset, tmp_path, process_environment) -> Run:
+    return Run(dataset, tmp_path / "run", process_environment, "follow")
 
 
 @pytest.fixture(scope="session")
-def undisturbed_follow(dataset, tmp_path_factory, compilation_cache) -> Run:
+def undisturbed_follow(dataset, tmp_path_factory, process_environment) -> Run:
     """The same, following recordings."""
-    run = Run(dataset, tmp_path_factory.mktemp("undisturbed_follow"), compilation_cache, "follow")
+    run = Run(dataset, tmp_path_factory.mktemp("undisturbed_follow"), process_environment, "follow")
     code, output = run.finish()
     assert code == 0, output
     return run
 
 
 @pytest.fixture(scope="session")
-def undisturbed(dataset, tmp_path_factory, compilation_cache) -> Run:
+def undisturbed(dataset, tmp_path_factory, process_environment) -> Run:
     """A run from its first step to its last in one process."""
-    run = Run(dataset, tmp_path_factory.mktemp("undisturbed"), compilation_cache)
+    run = Run(dataset, tmp_path_factory.mktemp("undisturbed"), process_environment)
     code, output = run.finish()
     assert code == 0, output
     return run

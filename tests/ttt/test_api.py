@@ -90,7 +90,7 @@ def test_lengths_and_resets_may_be_lists():
 
 
 def test_unsupported_implementations_say_why_and_the_next_is_tried():
-    with pytest.raises(NotImplementedError, match="pallas: the GPU kernels cover"):
+    with pytest.raises(NotImplementedError, match="pallas: the default device is no CUDA GPU"):
         call(implementation="pallas")
     out, _ = call(implementation=("pallas", "scan"))
     assert jnp.array_equal(out, call(implementation="scan")[0])

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ttt_kernels
 from jax.core import Tracer
 
+from ttt_jax import devices
 from ttt_jax.dtypes import at_least_float32
-from ttt_jax.ttt import reference, scan
+from ttt_jax.ttt import pallas, reference, scan
 from ttt_jax.ttt.call import Call, fresh_state, select_rows
 from ttt_jax.ttt.types import TTTLinearParams, TTTLosses, TTTMLPParams, TTTParams, TTTState
 
@@ -230,11 +230,42 @@ def _dispatch(
     raise NotImplementedError("no implementation supports this call. " + " ".join(refusals))
 
 
+def explain(
+    params: TTTParams,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lr: jax.Array,
+    *,
+    mini_batch_size: int = 16,
+    causal: bool = True,
+    state: TTTState | None = None,
+    length: jax.Array | None = None,
+) -> str:
+    """Which implementation `ttt_linear` or `ttt_mlp` takes for a call that names none, and why not the kernels.
+
+    Arguments as those functions', of which only shapes and dtypes matter. Raises ValueError as they do.
+    """
+    _check_params(params, TTTParams, "explain")
+    _check_inputs(params, q, k, v, lr)
+    _check_static(mini_batch_size=mini_batch_size, remat_every=1, eps=1e-6)
+    _check_state(params, q.shape[0], mini_batch_size, state)
+    call = _prepare(params, q, k, v, lr, mini_batch_size, causal, None, state, length, None, 1e-6, 1)
+    refusal = pallas.refusal(call)
+    if refusal is not None:
+        return f"scan; the kernels cannot take this call: {refusal}"
+    if pallas.is_default():
+        return "pallas"
+    kind = devices.default_device().device_kind
+    return f"scan; the kernels can take this call, but were not measured to be faster on {kind!r}: name 'pallas' to try"
+
+
 def _run(name: str, operation: str, call: Call):
     if name == "pallas":
-        raise NotImplementedError(
-            f"the GPU kernels cover {sorted(ttt_kernels.SUPPORTED) or 'no operation yet'}; use 'scan'."
-        )
+        refusal = "it reports no losses" if operation == "losses" else pallas.refusal(call)
+        if refusal is not None:
+            raise NotImplementedError(f"{refusal}; use 'scan'.")
+        return pallas.ttt(call)
     if name == "reference":
         if operation == "losses":
             raise NotImplementedError("the token-by-token form reports no losses; use 'scan'.")
@@ -244,7 +275,7 @@ def _run(name: str, operation: str, call: Call):
 
 def _implementations(implementation: Implementation) -> tuple[str, ...]:
     if implementation is None:
-        return ("scan",)
+        return ("pallas", "scan") if pallas.is_default() else ("scan",)
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:
@@ -256,7 +287,7 @@ def _implementations(implementation: Implementation) -> tuple[str, ...]:
 
 def _prepare(params, q, k, v, lr, mini_batch_size, causal, token_scale, state, length, reset, eps, remat_every) -> Call:
     """Everything in one compute dtype, defaults filled in, rows reset."""
-    dtype = at_least_float32(q.dtype)
+    given, dtype = q.dtype, at_least_float32(q.dtype)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     if token_scale is None:
         steps = jnp.arange(1, mini_batch_size + 1, dtype=dtype)
@@ -269,7 +300,7 @@ def _prepare(params, q, k, v, lr, mini_batch_size, causal, token_scale, state, l
     if length is not None:
         length = jnp.clip(jnp.asarray(length).astype(jnp.int32), 0, q.shape[1])
     q, k, v, lr, token_scale = (jnp.asarray(x, dtype) for x in (q, k, v, lr, token_scale))
-    return Call(params, q, k, v, lr, token_scale, state, length, causal, eps, remat_every)
+    return Call(params, q, k, v, lr, token_scale, state, length, causal, eps, remat_every, given)
 
 
 def _require(ok: bool, name: str, expected: str, got: object, hint: str = "") -> None:

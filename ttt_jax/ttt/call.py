@@ -23,6 +23,7 @@ class Call(NamedTuple):
     causal: bool
     eps: float
     remat_every: int
+    dtype: jnp.dtype  # of q, k and v as they came
 
     @property
     def model(self) -> inner.InnerModel:

@@ -1,10 +1,9 @@
 """cuDNN's flash attention, for the masks that it knows: which calls it can take, and how they are put to it."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import devices
 from ttt_jax.layers.attention.causal import Context
 from ttt_jax.layers.attention.softmax import KeySet
 from ttt_jax.layers.rope import RotaryEmbedding, rotate
@@ -94,7 +93,7 @@ def _cudnn(q, k, v, **masks):
 
 
 def _refusal(q, rope, positions: int) -> str | None:
-    capability = compute_capability()
+    capability = devices.compute_capability()
     if capability is None:
         return f"the default device is no CUDA GPU (backend {jax.default_backend()!r})"
     if capability < (8, 0):
@@ -107,13 +106,3 @@ def _refusal(q, rope, positions: int) -> str | None:
     if rope is not None and positions > MAX_POSITION:
         return f"rope over {positions} > {MAX_POSITION} frames would lose precision"
     return None
-
-
-def compute_capability() -> tuple[int, ...] | None:
-    """Of the default device, such as (9, 0); None if that is no CUDA GPU."""
-    device = jax.config.jax_default_device
-    if not isinstance(device, jax.Device):
-        device = jax.local_devices(backend=device)[0]
-    # Not by the client's platform: a device that is only compiled for has none.
-    capability = re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", ""))
-    return None if capability is None else tuple(map(int, capability.groups()))

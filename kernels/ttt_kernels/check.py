@@ -1,0 +1,167 @@
+"""Compile every kernel for an H100, without one, and hold what it takes of the chip against a committed table.
+
+    python -m ttt_kernels.check           # exits with 1 where a kernel takes other resources than the table says
+    python -m ttt_kernels.check --write   # writes the table
+
+`make kernels-check` installs what it needs: JAX's CUDA compiler and ptxas.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ttt_kernels.h100 import H100
+
+TABLE = pathlib.Path(__file__).parents[1] / "resources.json"
+THREADS = 128
+REGISTERS_OF_SM, SHARED_MEMORY_OF_SM, RESERVED_OF_CTA = 65536, 233472, 1024
+
+
+def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Name to kernel and abstract arguments, at a few rows and heads: neither changes what is compiled."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from ttt_kernels.blocks import LinearBlocks
+    from ttt_kernels.linear_backward import backward
+    from ttt_kernels.linear_forward import forward
+
+    batch_size, num_tokens, num_heads, dim = 2, 1024, 4, 64
+    blocks = LinearBlocks()
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    tokens = array(batch_size, num_tokens, num_heads, dim, dtype=jnp.bfloat16)
+    steps = array(batch_size, num_heads, num_tokens)
+    weights = array(batch_size, num_heads, dim, dim), array(batch_size, num_heads, dim)
+    checkpoints = num_tokens // 64 // blocks.tiles_per_checkpoint
+    kept = array(batch_size, num_heads, checkpoints, dim, dim), array(batch_size, num_heads, checkpoints, dim)
+    inputs, ln = (tokens, tokens, tokens, steps, steps, array(16)), (array(num_heads, dim), array(num_heads, dim))
+    options = {"eps": 1e-6, "blocks": blocks, "interpret": False}
+    return {
+        "linear_forward_c16_d64": (functools.partial(forward, **options), (*inputs, *weights, *ln)),
+        "linear_backward_c16_d64": (functools.partial(backward, **options), (*inputs, *kept, *ln, tokens, *weights)),
+    }
+
+
+def resources(name: str) -> dict[str, int]:
+    """Compiles one kernel, in a process of its own, since the compiler reports to its output.
+
+    Raises:
+        RuntimeError: It does not compile, or what compiles it is not installed.
+    """
+    directories = [_directory_of_ptxas(), *os.environ.get("PATH", "").split(os.pathsep)]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "PATH": os.pathsep.join(directories),
+    }
+    command = [sys.executable, "-m", "ttt_kernels.check", f"--compile={name}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    registers = re.search(r"Used (\d+) registers", text)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    shared = re.search(r"shared memory: (\d+) bytes", text)
+    if done.returncode or registers is None or spills is None or shared is None:
+        raise RuntimeError(f"{name} was not compiled:\n{text[-3000:]}")
+    found = {
+        "registers": int(registers[1]),
+        "spill_store_bytes": int(spills[1]),
+        "spill_load_bytes": int(spills[2]),
+        "shared_memory_bytes": int(shared[1]),
+    }
+    return found | {"ctas_per_sm": ctas_per_sm(found["registers"], found["shared_memory_bytes"])}
+
+
+def ctas_per_sm(registers: int, shared_memory: int) -> int:
+    """How many CTAs of 128 threads an SM of an H100 holds at once; registers come in blocks of 8 a thread."""
+    by_registers = REGISTERS_OF_SM // (-(-registers // 8) * 8 * THREADS)
+    return min(by_registers, SHARED_MEMORY_OF_SM // (shared_memory + RESERVED_OF_CTA))
+
+
+def compile_kernel(name: str) -> None:
+    """Compiles for an H100; ptxas and this print what it takes."""
+    import jax
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=H100)
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    kernel, arguments = kernels()[name]
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _reported_shared_memory():
+        lowered = jax.jit(kernel).trace(*arguments).lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
+@contextlib.contextmanager
+def _reported_shared_memory() -> Iterator[None]:
+    """Prints what Mosaic adds up for a kernel: the compiled program does not tell."""
+    from jax.experimental.mosaic.gpu import core
+
+    add_up = core._smem_tree_size
+
+    def report(buffers):
+        size = add_up(buffers)
+        print(f"shared memory: {size} bytes")
+        return size
+
+    core._smem_tree_size = report
+    try:
+        yield
+    finally:
+        core._smem_tree_size = add_up
+
+
+def _directory_of_ptxas() -> str:
+    found = shutil.which("ptxas")
+    if found is None:
+        packaged = [path for root in sys.path for path in pathlib.Path(root).glob("nvidia/*/bin/ptxas")]
+        if not packaged:
+            raise RuntimeError("ptxas is not installed; `make kernels-check` installs it")
+        found = str(packaged[0])
+    return str(pathlib.Path(found).parent)
+
+
+def main() -> int:
+    """The program; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--compile", metavar="KERNEL", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.compile:
+        compile_kernel(options.compile)
+        return 0
+    found = {}
+    for name in kernels():
+        found[name] = resources(name)
+        print(name, *(f"{value} {key}" for key, value in found[name].items()), sep="  ", flush=True)
+    if options.write:
+        TABLE.write_text(json.dumps(found, indent=2) + "\n")
+        return 0
+    expected = json.loads(TABLE.read_text())
+    wrong = [
+        f"{name}: {key} expected {expected.get(name, {}).get(key)}, got {value}"
+        for name, values in found.items()
+        for key, value in values.items()
+        if expected.get(name, {}).get(key) != value
+    ]
+    wrong += [f"{name}: in the table, but no kernel" for name in expected.keys() - found.keys()]
+    print(*wrong, sep="\n") if wrong else print("as in", TABLE.name)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Run the kernels on a CPU, in JAX's interpreter of the GPU's threads, barriers and memories."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_PARAMETERS: contextvars.ContextVar[plgpu.InterpretGPUParams | None] = contextvars.ContextVar("parameters", default=None)
+
+
+@contextlib.contextmanager
+def interpreted(*, detect_races: bool = False) -> Iterator[None]:
+    """Kernels that are traced inside run interpreted, as if on an H100; about a second for each mini-batch.
+
+    Args:
+        detect_races: print every access to memory that no barrier orders.
+    """
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=8)
+    token = _PARAMETERS.set(plgpu.InterpretGPUParams(detect_races=detect_races))
+    try:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+            yield
+    finally:
+        _PARAMETERS.reset(token)
+
+
+def parameters() -> plgpu.InterpretGPUParams | None:
+    """Those of the interpreter inside of `interpreted`, else None."""
+    return _PARAMETERS.get()

@@ -1,0 +1,172 @@
+"""TTT-Linear, causal, C = 16, D = 64: the forward kernel; one warpgroup walks over the tokens of one row and head."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ttt_kernels import hopper
+from ttt_kernels.blocks import LinearBlocks
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, load, over_columns, over_rows, product
+
+C, D = 16, 64
+MINI_BATCHES = TILE // C
+
+
+def forward(q, k, v, lr_read, lr_update, scale, wt, b, ln_scale, ln_bias, *, eps: float, blocks: LinearBlocks, interpret):
+    """Outputs, final weights, and the weights at the start of each checkpoint.
+
+    Args:
+        q: `[B, T, H, 64]` bfloat16, T a multiple of `TILE`; k and v likewise.
+        lr_read: `[B, H, T]` float32, step size of each token as readers of its mini-batch see it.
+        lr_update: `[B, H, T]` float32, step size of each token in the update after its mini-batch.
+        scale: `[16]` float32, what a reader multiplies `lr_read` by.
+        wt: `[B, H, 64, 64]` float32, the weights transposed: (out, in).
+        b: `[B, H, 64]` float32.
+        ln_scale: `[H, 64]` float32; ln_bias likewise.
+        eps: of the inner LayerNorm.
+        blocks: block sizes.
+        interpret: what `plgpu.kernel` takes.
+
+    Returns:
+        out `[B, T, H, 64]` bfloat16, wt and b at the end, and both at each checkpoint: `[B, H, N, ...]`.
+    """
+    batch_size, num_tokens, num_heads, _ = q.shape
+    num_tiles = num_tokens // TILE
+    num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
+    stages = min(blocks.stages, num_tiles)
+    f32, bf16 = jnp.float32, jnp.bfloat16
+
+    def body(
+        q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, wt_g, b_g, ln_scale_g, ln_bias_g,
+        out_g, wt_end_g, b_end_g, wt_kept_g, b_kept_g,
+        q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixing_s, k_step_s, out_s, ln_scale_s, ln_bias_s, b_s, wt_s,
+        wt_operand_s, g_operand_s, tile_barriers, start_barrier,
+    ):  # fmt: skip
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+
+        def fetch(i, slot):
+            tokens = pl.ds(i * TILE, TILE)
+            for source, target in ((q_g, q_s), (k_g, k_s), (v_g, v_s)):
+                plgpu.copy_gmem_to_smem(source.at[row, tokens, head], target.at[slot], tile_barriers.at[slot])
+            for source, target in ((lr_read_g, lr_read_s), (lr_update_g, lr_update_s)):
+                plgpu.copy_gmem_to_smem(source.at[row, head, tokens], target.at[slot], tile_barriers.at[slot])
+
+        for slot in range(stages):
+            fetch(slot, slot)
+        starts = (
+            (wt_g.at[row, head], wt_s), (b_g.at[row, head], b_s), (scale_g, scale_s),
+            (ln_scale_g.at[head], ln_scale_s), (ln_bias_g.at[head], ln_bias_s),
+        )  # fmt: skip
+        for source, target in starts:
+            plgpu.copy_gmem_to_smem(source, target, start_barrier)
+        plgpu.barrier_wait(start_barrier)
+        gamma, beta = (over_columns(load(ref, ROWS), C) for ref in (ln_scale_s, ln_bias_s))
+
+        def keep(i, weights):
+            wt_s[...], b_s[...] = weights
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(wt_s, wt_kept_g.at[row, head, i])
+            plgpu.copy_smem_to_gmem(b_s, b_kept_g.at[row, head, i])
+            plgpu.wait_smem_to_gmem(0)
+
+        def tile(i, weights):
+            wt, b = weights
+            slot = lax.rem(i, stages)
+
+            @pl.when(lax.rem(i, blocks.tiles_per_checkpoint) == 0)
+            def _():
+                keep(lax.div(i, blocks.tiles_per_checkpoint), weights)
+
+            plgpu.barrier_wait(tile_barriers.at[slot])
+            q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
+            # [source, reader]: minus the step that a reader takes along a source's gradient.
+            attention = product((TILE, TILE), (k_t, q_t.T))
+            source = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
+            reader = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
+            steps = over_columns(load(lr_read_s.at[slot], ROWS), TILE) * over_rows(load(scale_s, COLUMNS))
+            mixing_s[...] = jnp.where(reader >= source, -(attention + 1.0) * steps, 0.0).astype(bf16)
+            k_step = load(k_t).astype(f32) * over_columns(load(lr_update_s.at[slot], ROWS), D)
+            k_step_s[...] = (-k_step).astype(bf16)
+            plgpu.commit_smem()
+            for m in range(MINI_BATCHES):
+                at = pl.ds(m * C, C)
+                q_m, k_m, v_m = (ref.at[at].T for ref in (q_t, k_t, v_t))
+                operand = operand_of(wt, wt_operand_s, blocks)
+                bias = over_columns(b, C)
+                target = load(v_m).astype(f32) - load(k_m).astype(f32)
+                normalized, rstd = hopper.normalize(product((D, C), (operand, k_m)) + bias, eps)
+                error = gamma * normalized + beta - target
+                g = rstd * hopper.without_projections(gamma * error, normalized)
+                g_operand = operand_of(g, g_operand_s, blocks)
+                z_q = product((D, C), (operand, q_m), (g_operand, mixing_s.at[at, at])) + bias
+                if blocks.fused_update:
+                    wt = pl.run_state(lambda acc, g=g_operand, at=at: plgpu.wgmma(acc, g, k_step_s.at[at]))(
+                        plgpu.ACC.init(wt)
+                    )
+                else:
+                    wt = wt + product((D, D), (g_operand, k_step_s.at[at]))
+                b = b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS))).sum(axis=1)
+                out = load(q_m).astype(f32) + gamma * hopper.normalize(z_q, eps)[0] + beta
+                if m == 0:
+                    plgpu.wait_smem_to_gmem(0)  # of the tile before
+                out_s.at[at].T[...] = out.astype(bf16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_s, out_g.at[row, pl.ds(i * TILE, TILE), head])
+
+            @pl.when(i + stages < num_tiles)
+            def _():
+                fetch(i + stages, slot)
+
+            return wt, b
+
+        weights = lax.fori_loop(0, num_tiles, tile, (load(wt_s), load(b_s, ROWS)))
+        plgpu.wait_smem_to_gmem(0)
+        wt_s[...], b_s[...] = weights
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(wt_s, wt_end_g.at[row, head])
+        plgpu.copy_smem_to_gmem(b_s, b_end_g.at[row, head])
+        plgpu.wait_smem_to_gmem(0)
+
+    tokens = plgpu.SMEM((stages, TILE, D), bf16, transforms=hopper.OVER_FEATURES)
+    steps = plgpu.SMEM((stages, TILE), f32)
+    vector = plgpu.SMEM((D,), f32)
+    rows = (batch_size, num_heads)
+    shape = jax.ShapeDtypeStruct
+    return plgpu.kernel(
+        body,
+        out_type=(
+            shape(q.shape, bf16),
+            shape(wt.shape, f32),
+            shape(b.shape, f32),
+            shape((*rows, num_checkpoints, D, D), f32),
+            shape((*rows, num_checkpoints, D), f32),
+        ),
+        grid=rows,
+        grid_names=("row", "head"),
+        scratch_types=[
+            *(tokens, tokens, tokens, steps, steps),
+            plgpu.SMEM((TILE,), f32),
+            *(plgpu.SMEM((TILE, size), bf16, transforms=hopper.OVER_TOKENS) for size in (TILE, D)),
+            plgpu.SMEM((TILE, D), bf16, transforms=hopper.OVER_FEATURES),
+            *(vector, vector, vector, plgpu.SMEM((D, D), f32, transforms=hopper.FLOAT32)),
+            plgpu.SMEM((D, D), bf16, transforms=hopper.OVER_FEATURES),
+            plgpu.SMEM((D, C), bf16, transforms=hopper.OVER_TOKENS),
+            plgpu.Barrier(num_arrivals=5, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=5),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(q, k, v, lr_read, lr_update, jnp.tile(scale, MINI_BATCHES), wt, b, ln_scale, ln_bias)
+
+
+def operand_of(value, ref, blocks: LinearBlocks):
+    """`value` in bfloat16 as a left operand: in registers, or in SMEM."""
+    if blocks.register_operands:
+        return value.astype(jnp.bfloat16)
+    ref[...] = value.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    return ref

@@ -1,0 +1,206 @@
+"""TTT-Linear's GPU kernels in JAX's interpreter of the GPU, against the scan in float64, races detected."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ttt_kernels
+
+import ttt_jax
+from ttt_jax.layers.ttt import TTTConfig, TTTLayer
+from ttt_jax.ttt import pallas
+
+C, D = 16, 64
+OUTPUT, STATE, GRADIENT = 1e-2, 2e-2, 2e-2
+"""Largest errors relative to float64, by norm; the inputs are the same bfloat16 numbers."""
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def gpu(capfd):
+    """The interpreted GPU; fails when memory was reached without a barrier's order."""
+    with ttt_kernels.interpreted(detect_races=True):
+        yield
+    assert "race" not in capfd.readouterr().out.lower()
+
+
+def normal(rng, *shape, scale=1.0, dtype=jnp.float32):
+    return jnp.asarray(scale * rng.standard_normal(shape), dtype)
+
+
+def make_params(num_heads=1, dim=D, kind=ttt_jax.TTTLinearParams):
+    rng, hidden = np.random.default_rng(0), 4 * dim
+    shapes = {"w1": (dim, dim), "b1": (dim,)}
+    if kind is ttt_jax.TTTMLPParams:
+        shapes = {"w1": (dim, hidden), "b1": (hidden,), "w2": (hidden, dim), "b2": (dim,)}
+    weights = {name: normal(rng, num_heads, *shape, scale=0.1) for name, shape in shapes.items()}
+    return kind(**weights, ln_scale=1 + normal(rng, num_heads, dim, scale=0.2), ln_bias=normal(rng, num_heads, dim))
+
+
+def make_tokens(num_tokens, batch_size=1, num_heads=1, dim=D, seed=1, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(seed)
+    shape = (batch_size, num_tokens, num_heads)
+    q, k = (normal(rng, *shape, dim, scale=dim**-0.5, dtype=dtype) for _ in range(2))
+    return q, k, normal(rng, *shape, dim, dtype=dtype), jnp.asarray(rng.uniform(0.05, 0.4, shape), jnp.float32)
+
+
+def float64_of(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def assert_close(got, expected, tolerance):
+    for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert x.shape == y.shape
+        assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y), jax.tree_util.keystr(path)
+
+
+def run(name, params, tokens, **options):
+    return jax.jit(functools.partial(ttt_jax.ttt_linear, implementation=name))(params, *tokens, **options)
+
+
+def test_outputs_and_state_of_a_long_call(gpu):
+    params, tokens = make_params(), make_tokens(512)
+    out, state = run("pallas", params, tokens)
+    assert out.dtype == jnp.bfloat16
+    assert {x.dtype for x in state.weights} == {jnp.dtype("float32")}
+    exact, exact_state = run("scan", *float64_of((params, tokens)))
+    assert_close(out, exact, OUTPUT)
+    assert_close(state.weights, exact_state.weights, STATE)
+    np.testing.assert_array_equal(state.count, exact_state.count)
+
+
+def test_every_gradient_with_rows_that_differ_in_state_length_and_reset(gpu):
+    """Rows: inside of a mini-batch, one that ends in it, an empty one; the last starts afresh."""
+    num_tokens = 5 * C + 3
+    params, tokens = make_params(), make_tokens(num_tokens, batch_size=4)
+    given = run("scan", params, make_tokens(C + 5, batch_size=4, seed=3))[1]
+    length, reset = jnp.asarray([num_tokens, 7, 0, 4 * C + 2]), jnp.asarray([False, False, False, True])
+    rng = np.random.default_rng(5)
+    token_scale = jnp.asarray(rng.uniform(0.05, 1, C), jnp.float32)
+    d_out, d_state = make_tokens(num_tokens, batch_size=4, seed=9)[2].astype(jnp.float64), normal(rng, 4, 1, D, D, dtype=jnp.float64)
+
+    def objective(arguments, name):
+        params, q, k, v, lr, token_scale, weights, gradient = arguments
+        state = given._replace(weights=weights, gradient=gradient)
+        out, final = ttt_jax.ttt_linear(
+            *(params, q, k, v, lr),
+            token_scale=token_scale,
+            state=state,
+            length=length,
+            reset=reset,
+            remat_every=4,
+            implementation=name,
+        )
+        wide_out, wide = float64_of((out, final))
+        of_state = jnp.sum(wide.weights[0] * d_state) + jnp.sum(jnp.sin(wide.weights[1]))
+        return jnp.sum(wide_out * d_out) + of_state + sum(jnp.sum(jnp.sin(x)) for x in wide.gradient), (out, final)
+
+    arguments = (params, *tokens, token_scale, given.weights, given.gradient)
+    results = [
+        jax.jit(jax.grad(functools.partial(objective, name=name), has_aux=True))(arguments)
+        for name, arguments in (("pallas", arguments), ("scan", float64_of(arguments)))
+    ]
+    (gradients, (out, state)), (exact_gradients, (exact_out, exact_state)) = results
+    assert_close(out, exact_out, OUTPUT)
+    assert_close((state.weights, state.gradient), (exact_state.weights, exact_state.gradient), STATE)
+    np.testing.assert_array_equal(state.count, exact_state.count)
+    assert_close(gradients, exact_gradients, GRADIENT)
+    beyond = np.arange(num_tokens)[None] >= np.asarray(length)[:, None]
+    for x in (out, *gradients[1:5]):
+        np.testing.assert_array_equal(np.asarray(x)[beyond], 0)
+
+
+def test_training_that_began_with_scan_continues_with_the_kernels(gpu, monkeypatch):
+    """The layer does not know that kernels exist: the dispatch alone takes them."""
+    layer = TTTLayer(TTTConfig.ttt_lm("linear", width=D, num_heads=1), dtype=jnp.bfloat16)
+    x = normal(np.random.default_rng(7), 1, 4 * C, D)
+    params = jax.jit(layer.init)(jax.random.key(0), x)
+
+    def mean_square(params):
+        out, _ = layer.apply(params, x)
+        return jnp.mean(jnp.square(out.astype(jnp.float32) - jnp.roll(x, 1, axis=1)))
+
+    def update(params):
+        return jax.value_and_grad(mean_square)(params)
+
+    calls = []
+    monkeypatch.setattr(pallas, "ttt", lambda call, ttt=pallas.ttt: calls.append(call) or ttt(call))
+    for _ in range(2):
+        loss, gradients = jax.jit(update)(params)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
+    assert not calls
+    loss, gradients = jax.jit(lambda params: update(params))(params)
+    monkeypatch.setattr(pallas, "FASTER_ON", frozenset({"cpu"}))
+    kernel_loss, kernel_gradients = jax.jit(lambda params: update(params))(params)
+    assert calls
+    np.testing.assert_allclose(kernel_loss, loss, rtol=1e-3)
+    flat, exact = (jnp.concatenate([g.ravel() for g in jax.tree.leaves(x)]) for x in (kernel_gradients, gradients))
+    assert_close(flat, exact, GRADIENT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"params": make_params(kind=ttt_jax.TTTMLPParams)}, "there is no kernel for the inner MLP"),
+        ({"causal": False}, "there is no kernel for non-causal mini-batches"),
+        ({"mini_batch_size": 8}, "the kernel's mini-batches have 16 tokens, not 8"),
+        ({"tokens": make_tokens(32, dtype=jnp.float32)}, "the kernel computes on bfloat16, q is float32"),
+        ({"tokens": make_tokens(32, dim=32), "params": make_params(dim=32)}, "the kernel's head dim is 64, not 32"),
+        ({"tokens": make_tokens(15)}, "15 tokens have no whole mini-batch"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_told_and_left_to_the_scan(changes, message):
+    arguments = {"params": make_params(), "tokens": make_tokens(32), "mini_batch_size": 16, "causal": True} | changes
+    params, tokens = arguments.pop("params"), arguments.pop("tokens")
+    operation = ttt_jax.ttt_mlp if isinstance(params, ttt_jax.TTTMLPParams) else ttt_jax.ttt_linear
+    with ttt_kernels.interpreted():
+        assert ttt_jax.explain(params, *tokens, **arguments) == f"scan; the kernels cannot take this call: {message}"
+        with pytest.raises(NotImplementedError, match=message):
+            operation(params, *tokens, implementation="pallas", **arguments)
+        out, _ = operation(params, *tokens, implementation=("pallas", "scan"), **arguments)
+    np.testing.assert_array_equal(out, operation(params, *tokens, **arguments)[0])
+
+
+def test_arrays_that_a_mesh_splits_are_told_to_use_shard_map(monkeypatch):
+    monkeypatch.setattr(ttt_jax.devices, "compute_capability", lambda: (9, 0))
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        assert "call it inside jax.shard_map" in ttt_jax.explain(make_params(), *make_tokens(32))
+
+
+def test_explain_says_what_none_takes(monkeypatch):
+    arguments = (make_params(), *make_tokens(32))
+    assert "scan; the kernels cannot take this call: the default device is no CUDA GPU" in ttt_jax.explain(*arguments)
+    with ttt_kernels.interpreted():
+        assert "not measured to be faster on 'cpu'" in ttt_jax.explain(*arguments)
+        monkeypatch.setattr(pallas, "FASTER_ON", frozenset({"cpu"}))
+        assert ttt_jax.explain(*arguments) == "pallas"
+    with pytest.raises(ValueError, match="q: expected an array, got int"):
+        ttt_jax.explain(make_params(), 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (12, 0)])
+def test_other_devices_never_fail_for_lack_of_a_kernel(monkeypatch, capability):
+    monkeypatch.setattr(ttt_jax.devices, "compute_capability", lambda: capability)
+    params, tokens = make_params(), make_tokens(32)
+    with pytest.raises(NotImplementedError, match="pallas: the"):
+        run("pallas", params, tokens)
+    np.testing.assert_array_equal(run(None, params, tokens)[0], run("scan", params, tokens)[0])
+
+
+def test_the_kernel_itself_names_a_wrong_argument():
+    q, k, v, lr = make_tokens(32)
+    params = make_params()
+    weights = tuple(w[None] for w in params.fast_weights)
+    scale, ln = jnp.ones(C, jnp.float32), (params.ln_scale, params.ln_bias)
+    with pytest.raises(ValueError, match=r"k: expected bfloat16\[1, 32, 1, 64\], got float32\[1, 32, 1, 64\]"):
+        ttt_kernels.ttt_linear(q, k.astype(jnp.float32), v, lr, lr, scale, *weights, *ln)
+    with pytest.raises(ValueError, match="a multiple of 16, got 15"):
+        ttt_kernels.ttt_linear(*(x[:, :15] for x in (q, k, v, lr, lr)), scale, *weights, *ln)

@@ -1,0 +1,131 @@
+"""The operation on GPU kernels: what they can take, and how a call is cut into the whole mini-batches that they read.
+
+Each row of a call has up to three parts: the tokens that complete the mini-batch it stands in, whole mini-batches, and
+the tokens of one that stays open. The kernel reads the second part; `scan` reads the others, one mini-batch each.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax import devices
+from ttt_jax.ttt import scan
+from ttt_jax.ttt.call import Call, fresh_state
+from ttt_jax.ttt.types import TTTLinearParams, TTTState
+
+FASTER_ON: frozenset[str] = frozenset()
+"""Kinds of devices on which the kernels were measured to be faster than the scan: there they are the default."""
+
+HOPPER = 9
+"""Major compute capability of the GPUs that the kernels are for."""
+
+
+def is_default() -> bool:
+    """Whether the kernels are tried first where no implementation is named."""
+    return devices.default_device().device_kind in FASTER_ON
+
+
+def refusal(call: Call) -> str | None:
+    """Why the kernels cannot take the call; None if they can."""
+    try:
+        from ttt_kernels import interpreter, linear
+    except ImportError as error:  # of another version of JAX, say
+        return f"the kernels cannot be imported: {error}"
+    if interpreter.parameters() is None:
+        capability = devices.compute_capability()
+        if capability is None:
+            return f"the default device is no CUDA GPU (backend {jax.default_backend()!r})"
+        if capability[0] != HOPPER:
+            return f"the kernels are for compute capability {HOPPER}, this GPU has {'.'.join(map(str, capability))}"
+    if not isinstance(call.params, TTTLinearParams):
+        return "there is no kernel for the inner MLP"
+    if not call.causal:
+        return "there is no kernel for non-causal mini-batches"
+    if call.mini_batch_size != linear.MINI_BATCH_SIZE:
+        return f"the kernel's mini-batches have {linear.MINI_BATCH_SIZE} tokens, not {call.mini_batch_size}"
+    if call.q.shape[-1] != linear.HEAD_DIM:
+        return f"the kernel's head dim is {linear.HEAD_DIM}, not {call.q.shape[-1]}"
+    if call.dtype != jnp.bfloat16:
+        return f"the kernel computes on bfloat16, q is {call.dtype}"
+    if call.q.shape[1] < linear.MINI_BATCH_SIZE:
+        return f"{call.q.shape[1]} tokens have no whole mini-batch"
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(size > 1 for name, size in mesh.shape.items() if name not in mesh.manual_axes):
+        return f"a kernel reads the arrays of one device, the mesh has {dict(mesh.shape)}: call it inside jax.shard_map"
+    return None
+
+
+class _Part(NamedTuple):
+    """Consecutive tokens of each row."""
+
+    start: jax.Array  # [B] int32, token of the call
+    length: jax.Array  # [B] int32
+    size: int  # tokens at most
+
+
+def ttt(call: Call) -> tuple[jax.Array, TTTState]:
+    """The operation, where there is no `refusal`; see `ttt_jax.ttt.api` for the contract."""
+    c, (batch_size, num_tokens) = call.mini_batch_size, call.q.shape[:2]
+    state = fresh_state(call.params, batch_size) if call.state is None else call.state
+    lengths, parts = call.lengths, []
+    start = jnp.zeros(batch_size, jnp.int32)
+    if call.state is not None:
+        completing = _Part(start, jnp.minimum(-state.count % c, lengths), c)
+        out, state = scan.ttt(_call_of(call, completing, state))
+        parts.append((completing, out))
+        start = completing.length
+    whole = _Part(start, (lengths - start) // c * c, num_tokens // c * c)
+    out, state = _whole_mini_batches(call, whole, state)
+    parts.append((whole, out))
+    if call.state is not None or call.length is not None or num_tokens % c:
+        rest = _Part(start + whole.length, lengths - start - whole.length, c)
+        out, state = scan.ttt(_call_of(call, rest, state))
+        parts.append((rest, out))
+    return _joined(parts, num_tokens), state
+
+
+def _whole_mini_batches(call: Call, part: _Part, state: TTTState) -> tuple[jax.Array, TTTState]:
+    import ttt_kernels
+
+    real = jnp.arange(part.size, dtype=jnp.int32)[None] < part.length[:, None]
+    q, k, v, lr = (_tokens_of(x, part, real) for x in (call.q, call.k, call.v, call.lr))
+    out, *weights = ttt_kernels.ttt_linear(
+        *(x.astype(jnp.bfloat16) for x in (q, k, v)),
+        lr,
+        lr * call.token_scale[-1],
+        call.token_scale,
+        *state.weights,
+        call.params.ln_scale,
+        call.params.ln_bias,
+        eps=call.eps,
+        blocks=ttt_kernels.LinearBlocks.for_checkpoints_every(call.remat_every),
+    )
+    return out.astype(call.q.dtype), state._replace(weights=tuple(weights))
+
+
+def _call_of(call: Call, part: _Part, state: TTTState) -> Call:
+    """The part of each row as a call of its own."""
+    real = jnp.arange(part.size, dtype=jnp.int32)[None] < part.length[:, None]
+    q, k, v, lr = (_tokens_of(x, part, real) for x in (call.q, call.k, call.v, call.lr))
+    return call._replace(q=q, k=k, v=v, lr=lr, state=state, length=part.length)
+
+
+def _tokens_of(x: jax.Array, part: _Part, real: jax.Array) -> jax.Array:
+    """`[B, T, ...]` to the tokens of a part, zero behind its length."""
+    trailing = (1,) * (x.ndim - 2)
+    at = jnp.where(real, part.start[:, None] + jnp.arange(part.size, dtype=jnp.int32)[None], 0)
+    taken = jnp.take_along_axis(x, at.reshape(*at.shape, *trailing), axis=1, mode="promise_in_bounds")
+    return jnp.where(real.reshape(*real.shape, *trailing), taken, 0)
+
+
+def _joined(parts, num_tokens: int) -> jax.Array:
+    """Each token's output from the part that it is in; zero where it is in none."""
+    tokens = jnp.arange(num_tokens, dtype=jnp.int32)[None]
+    joined = jnp.zeros((), parts[0][1].dtype)
+    for part, out in parts:
+        at = tokens - part.start[:, None]
+        inside = (at >= 0) & (at < part.length[:, None])
+        taken = jnp.take_along_axis(out, jnp.where(inside, at, 0)[:, :, None, None], axis=1, mode="promise_in_bounds")
+        joined = jnp.where(inside[:, :, None, None], taken, joined)
+    return joined
