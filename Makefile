@@ -15,7 +15,7 @@ quickstart: $(INSTALLED)
 	@echo "continuation: $(RUN)/continuation.wav"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -29,8 +29,8 @@ format: $(INSTALLED)
 # The operation needs JAX alone, so its tests run on the newest release.
 newest-jax:
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install --upgrade jax pytest
-	PYTHONPATH=.:kernels .venv-newest/bin/python -m pytest tests/ttt -p no:cacheprovider
+	.venv-newest/bin/pip install --upgrade jax pytest pytest-xdist
+	PYTHONPATH=.:kernels .venv-newest/bin/python -m pytest tests/ttt -n 2 -p no:cacheprovider
 
 # Compiles the GPU kernels for an H100, which need not be there, and holds registers, spills and the like to a table.
 kernels-check: $(INSTALLED)

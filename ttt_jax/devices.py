@@ -1,12 +1,13 @@
 """What the device that computes can do."""
 
 import re
+from typing import Any
 
 import jax
 
 
-def default_device() -> jax.Device:
-    """The one that computes what is placed nowhere else."""
+def default_device() -> Any:
+    """The `jax.Device` that computes what is placed nowhere else."""
     device = jax.config.jax_default_device
     return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
 

@@ -1,8 +1,10 @@
 """What the kernels share: layouts, matrix products, and the inner LayerNorm on a transposed mini-batch.
 
-A mini-batch lives in registers as [D, C]: features are rows, tokens columns. A Hopper matrix product (wgmma) has 64 rows,
-which D fills and C = 16 would not. Vectors over features are `ROWS`, vectors over tokens `COLUMNS`.
+A mini-batch lives in registers as [D, C]: features are rows, tokens columns. A Hopper matrix product (wgmma) has 64
+rows, which D fills and C = 16 would not. Vectors over features are `ROWS`, vectors over tokens `COLUMNS`.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +15,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 TILE = 64
 """Tokens that are copied at once."""
 
-WGMMA = plgpu.Layout.WGMMA
-ROWS = plgpu.Layout.WGMMA.reduce(1)
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+WGMMA: Any = plgpu.Layout.WGMMA
+ROWS: Any = plgpu.Layout.WGMMA.reduce(1)
+COLUMNS: Any = plgpu.Layout.WGMMA.reduce(0)
 
-OVER_FEATURES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+def _transforms(columns: int, swizzle: int) -> tuple[Any, Any]:
+    """Of an SMEM buffer: tiles of 8 rows, swizzled over this many bytes."""
+    tiling: Any = plgpu.TilingTransform
+    swizzling: Any = plgpu.SwizzleTransform
+    return tiling((8, columns)), swizzling(swizzle)
+
+
+OVER_FEATURES = _transforms(64, 128)
 """Of buffers that products sum over their 64 features."""
 
-FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+FLOAT32 = _transforms(32, 128)
 """Of float32 matrices, so that registers reach them without bank conflicts."""
 
-OVER_TOKENS = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
+OVER_TOKENS = _transforms(16, 32)
 """Of buffers that products sum over the 16 tokens of a mini-batch: a swizzle of 32 bytes spans just those."""
 
 
@@ -45,12 +55,13 @@ def over_rows(columns: jax.Array, num_rows: int = 64) -> jax.Array:
 def product(shape: tuple[int, int], *pairs) -> jax.Array:
     """Sum of the products of the pairs, float32; right operands are in SMEM."""
 
-    def accumulate(acc):
+    def accumulate(acc) -> Any:
         for a, b in pairs:
             plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+    result: Any = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    return result
 
 
 def mean_over_rows(x: jax.Array) -> jax.Array:

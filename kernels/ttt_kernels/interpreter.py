@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_PARAMETERS: contextvars.ContextVar[plgpu.InterpretGPUParams | None] = contextvars.ContextVar("parameters", default=None)
+_PARAMETERS: contextvars.ContextVar[plgpu.InterpretGPUParams | None] = contextvars.ContextVar(
+    "parameters", default=None
+)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """TTT-Linear on whole mini-batches, differentiable: the forward and the backward kernel as one operation."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +72,10 @@ def ttt_linear(
         jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (q, k, v, lr_read, lr_update)
     )
     steps = (x.transpose(0, 2, 1) for x in (lr_read, lr_update))
-    out, wt, b1 = _tiles(
+    results: Any = _tiles(
         (eps, blocks, parameters), q, k, v, *steps, token_scale, w1.swapaxes(-1, -2), b1, ln_scale, ln_bias
     )
+    out, wt, b1 = results
     return out[:, :num_tokens], wt.swapaxes(-1, -2), b1
 
 

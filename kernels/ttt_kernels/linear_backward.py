@@ -41,8 +41,9 @@ def backward(
         d_b_end_g,
         d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_wt_g, d_b_g, d_ln_scale_g, d_ln_bias_g,
         q_s, k_s, v_s, d_out_s, d_k_s, g_s, q_tokens_s, k_tokens_s, lr_read_s, lr_update_s, scale_s, d_lr_read_s,
-        d_lr_update_s, d_scale_s, weights_s, biases_s, wt_s, d_wt_s, b_s, ln_scale_s, ln_bias_s, d_wt_operand_s, g_operand_s,
-        d_zq_operand_s, d_zk_operand_s, d_zq_s, d_zk_s, g_step_s, mixing_s, d_attention_s, start_barrier, group_barrier, recompute_barrier, tile_barrier,
+        d_lr_update_s, d_scale_s, weights_s, biases_s, wt_s, d_wt_s, b_s, ln_scale_s, ln_bias_s, d_wt_operand_s,
+        g_operand_s, d_zq_operand_s, d_zk_operand_s, d_zq_s, d_zk_s, g_step_s, mixing_s, d_attention_s,
+        start_barrier, group_barrier, recompute_barrier, tile_barrier,
     ):  # fmt: skip
         row, head = lax.axis_index("row"), lax.axis_index("head")
 
@@ -148,9 +149,7 @@ def backward(
             d_gy = hopper.without_projections(d_h, k_normalized)
             gy = gamma * error
             d_normalized = (
-                gamma * gamma * d_gy
-                - d_h * mean_over_rows(gy * k_normalized)
-                - gy * mean_over_rows(d_h * k_normalized)
+                gamma * gamma * d_gy - d_h * mean_over_rows(gy * k_normalized) - gy * mean_over_rows(d_h * k_normalized)
             )
             d_gamma = d_gamma + (d_gy * (error + gamma * k_normalized)).sum(axis=1)
             d_beta = d_beta + (d_gy * gamma).sum(axis=1)
@@ -163,9 +162,9 @@ def backward(
             # Back to the tokens and the weights.
             q_tokens, k_tokens, d_attention = q_tokens_s.at[at], k_tokens_s.at[at], d_attention_s.at[at]
             d_q = d_out + product((D, C), (wt.T, d_zq_s.T), (k_tokens.T, d_attention))
-            d_k = product((D, C), (q_tokens.T, d_attention.T), (d_wt_operand_s.T, g_step_s.T), (wt.T, d_zk_s.T)) - d_target
+            d_k = product((D, C), (q_tokens.T, d_attention.T), (d_wt_operand_s.T, g_step_s.T), (wt.T, d_zk_s.T))
             d_out_s.at[at].T[...] = d_q.astype(bf16)
-            d_k_s.at[at].T[...] = d_k.astype(bf16)
+            d_k_s.at[at].T[...] = (d_k - d_target).astype(bf16)
             v_s.at[at].T[...] = d_target.astype(bf16)
             d_wt_s[...] = load(d_wt_s) + product((D, D), (d_zq_operand, q_tokens), (d_zk_operand, k_tokens))
             d_b = d_b + d_zq.sum(axis=1) + d_zk.sum(axis=1)

@@ -1,6 +1,6 @@
 """TTT-Linear, causal, C = 16, D = 64: the forward kernel; one warpgroup walks over the tokens of one row and head."""
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,25 @@ C, D = 16, 64
 MINI_BATCHES = TILE // C
 
 
-def forward(q, k, v, lr_read, lr_update, scale, wt, b, ln_scale, ln_bias, *, eps: float, blocks: LinearBlocks, interpret):
+def forward(
+    q, k, v, lr_read, lr_update, scale, wt, b, ln_scale, ln_bias, *, eps: float, blocks: LinearBlocks, interpret
+):
     """Outputs, final weights, and the weights at the start of each checkpoint.
 
     Args:
-        q: `[B, T, H, 64]` bfloat16, T a multiple of `TILE`; k and v likewise.
+        q: `[B, T, H, 64]` bfloat16, T a multiple of `TILE`.
+        k: as q.
+        v: as q.
         lr_read: `[B, H, T]` float32, step size of each token as readers of its mini-batch see it.
         lr_update: `[B, H, T]` float32, step size of each token in the update after its mini-batch.
         scale: `[16]` float32, what a reader multiplies `lr_read` by.
         wt: `[B, H, 64, 64]` float32, the weights transposed: (out, in).
         b: `[B, H, 64]` float32.
-        ln_scale: `[H, 64]` float32; ln_bias likewise.
+        ln_scale: `[H, 64]` float32.
+        ln_bias: `[H, 64]` float32.
         eps: of the inner LayerNorm.
         blocks: block sizes.
-        interpret: what `plgpu.kernel` takes.
+        interpret: parameters of the interpreter, None for a GPU.
 
     Returns:
         out `[B, T, H, 64]` bfloat16, wt and b at the end, and both at each checkpoint: `[B, H, N, ...]`.
@@ -103,12 +108,7 @@ def forward(q, k, v, lr_read, lr_update, scale, wt, b, ln_scale, ln_bias, *, eps
                 g = rstd * hopper.without_projections(gamma * error, normalized)
                 g_operand = operand_of(g, g_operand_s, blocks)
                 z_q = product((D, C), (operand, q_m), (g_operand, mixing_s.at[at, at])) + bias
-                if blocks.fused_update:
-                    wt = pl.run_state(lambda acc, g=g_operand, at=at: plgpu.wgmma(acc, g, k_step_s.at[at]))(
-                        plgpu.ACC.init(wt)
-                    )
-                else:
-                    wt = wt + product((D, D), (g_operand, k_step_s.at[at]))
+                wt = _updated(wt, g_operand, k_step_s.at[at], blocks)
                 b = b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS))).sum(axis=1)
                 out = load(q_m).astype(f32) + gamma * hopper.normalize(z_q, eps)[0] + beta
                 if m == 0:
@@ -170,3 +170,10 @@ def operand_of(value, ref, blocks: LinearBlocks):
     ref[...] = value.astype(jnp.bfloat16)
     plgpu.commit_smem()
     return ref
+
+
+def _updated(wt, left, right, blocks: LinearBlocks) -> Any:
+    """`wt` plus a product."""
+    if not blocks.fused_update:
+        return wt + product((D, D), (left, right))
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, left, right))(plgpu.WGMMAAccumulatorRef.init(wt))

@@ -2,8 +2,9 @@
 
 The mesh has three axes. Rows of a batch, and of what they carry from chunk to chunk, are split over `data` and `fsdp`.
 Parameters and their optimizer moments are split over `tensor` by heads and hidden units, and over `fsdp` by whatever
-axis is left; `gathering_view` puts the `fsdp` parts of a layer together again where the layer is computed. What no rule fits
-is replicated. The compiler makes the program for each device out of this, so a bad rule costs time, never correctness.
+axis is left; `gathering_view` puts the `fsdp` parts of a layer together again where the layer is computed. What no rule
+fits is replicated. The compiler makes the program for each device out of this, so a bad rule costs time, never
+correctness.
 """
 
 import functools

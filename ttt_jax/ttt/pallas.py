@@ -90,12 +90,17 @@ def _whole_mini_batches(call: Call, part: _Part, state: TTTState) -> tuple[jax.A
 
     real = jnp.arange(part.size, dtype=jnp.int32)[None] < part.length[:, None]
     q, k, v, lr = (_tokens_of(x, part, real) for x in (call.q, call.k, call.v, call.lr))
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    w1, b1 = state.weights
     out, *weights = ttt_kernels.ttt_linear(
-        *(x.astype(jnp.bfloat16) for x in (q, k, v)),
+        q,
+        k,
+        v,
         lr,
         lr * call.token_scale[-1],
         call.token_scale,
-        *state.weights,
+        w1,
+        b1,
         call.params.ln_scale,
         call.params.ln_bias,
         eps=call.eps,
