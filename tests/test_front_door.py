@@ -6,7 +6,7 @@ import sys
 import pytest
 
 FUNCTIONS = (
-    *("TTTLinearParams", "TTTMLPParams", "ttt_linear", "ttt_mlp", "ttt_loss", "init_state"),
+    *("TTTLinearParams", "TTTMLPParams", "ttt_linear", "ttt_mlp", "ttt_loss", "init_state", "explain"),
     *("window_attention", "segment_attention"),
 )
 LAZY = {

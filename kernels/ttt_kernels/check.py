@@ -135,6 +135,17 @@ def _directory_of_ptxas() -> str:
     return str(pathlib.Path(found).parent)
 
 
+def differences(found: dict[str, dict[str, int]], expected: dict[str, dict[str, int]]) -> list[str]:
+    """Where the kernels and the table disagree, a line each; a saving too is to be written down."""
+    wrong = [
+        f"{name}: {key} expected {expected.get(name, {}).get(key)}, got {value}"
+        for name, values in found.items()
+        for key, value in values.items()
+        if expected.get(name, {}).get(key) != value
+    ]
+    return wrong + [f"{name}: in the table, but no kernel" for name in sorted(expected.keys() - found.keys())]
+
+
 def main() -> int:
     """The program; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,13 +163,7 @@ def main() -> int:
         TABLE.write_text(json.dumps(found, indent=2) + "\n")
         return 0
     expected = json.loads(TABLE.read_text())
-    wrong = [
-        f"{name}: {key} expected {expected.get(name, {}).get(key)}, got {value}"
-        for name, values in found.items()
-        for key, value in values.items()
-        if expected.get(name, {}).get(key) != value
-    ]
-    wrong += [f"{name}: in the table, but no kernel" for name in expected.keys() - found.keys()]
+    wrong = differences(found, expected)
     print(*wrong, sep="\n") if wrong else print("as in", TABLE.name)
     return 1 if wrong else 0
 

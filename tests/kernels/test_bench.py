@@ -1,0 +1,62 @@
+"""The benchmark's arithmetic and its files; its times mean something on a GPU alone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from ttt_kernels import bench
+
+RATES = bench.Rates(bytes_per_second=3e12, flops_per_second=8e14, seconds_per_mini_batch=1e-6)
+TIMES = {"forward": 1.0, "forward_backward": 4.0}
+
+
+@pytest.fixture
+def result():
+    times = {"pallas": TIMES, "scan": {part: 12 * ms for part, ms in TIMES.items()}}
+    shapes = [{"rows": rows, "tokens": 8192, "heads": 32, "ms": times} for rows in (8, 1)]
+    rates = {"bytes_per_second": 3e12, "flops_per_second": 8e14, "seconds_per_mini_batch": 1e-6}
+    found = {name: {"out": 2e-3, "weights": 1e-3} for name in bench.IMPLEMENTATIONS}
+    return {"device": "Some GPU", "versions": {}, "rates": rates, "errors": found, "shapes": shapes}
+
+
+def test_what_binds_the_floor():
+    one_row = bench.linear_floor(1, 8192, RATES, backward=False)
+    assert (one_row.bound, one_row.seconds) == ("serial latency", pytest.approx(512e-6))
+    assert bench.linear_floor(1, 8192, RATES, backward=True).seconds == pytest.approx(3 * 512e-6)
+    many_rows = bench.linear_floor(64, 8192, RATES, backward=False)
+    per_token = 4 * 2 * 64 + 8 + 4 * (64 * 64 + 64) / 128  # q, k, v, out; step sizes; checkpoints
+    assert many_rows.bound == "bytes"
+    assert many_rows.seconds == pytest.approx(64 * 8192 * 32 * per_token / 3e12)
+    slow = bench.Rates(3e12, 1e10, 1e-6)
+    assert bench.linear_floor(1, 8192, slow, backward=False) == bench.Floor(8192 * 32 * 28672 / 1e10, "FLOPs")
+
+
+def test_the_table_and_the_files(result, tmp_path):
+    lines = bench.table(result).splitlines()
+    row = next(line for line in lines if line.startswith("| 1 | 8192 | forward |"))
+    assert row == "| 1 | 8192 | forward | 1.000 | 12.000 | 12.0 | 1.95 | serial latency |"
+    assert "pallas: relative error 2.0e-03 of outputs, 1.0e-03 of final weights" in lines
+    bench.write(result, tmp_path / "measured")
+    assert json.loads((tmp_path / "measured/Some_GPU.json").read_text()) == result
+    assert (tmp_path / "measured/Some_GPU.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_measurements_run_wherever_the_scan_does(monkeypatch):
+    monkeypatch.setattr(bench, "HEADS", 2)
+    monkeypatch.setattr(bench, "CALLS", 1)
+    measured = bench.time_shape(1, 32, ["scan"])
+    assert measured["rows"] == 1
+    assert all(ms > 0 for ms in measured["ms"]["scan"].values())
+    error = bench.errors(["scan"], num_tokens=64)["scan"]
+    assert 0 < error["out"] < 4e-3  # the rounding of the output to bfloat16
+    assert 0 < error["weights"] < 1e-5
+
+
+def test_without_a_gpu_it_says_that_nothing_was_measured(tmp_path):
+    command = [sys.executable, "-m", "ttt_kernels.bench", f"--output={tmp_path / 'out'}"]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "nothing was measured: the kernels cannot take this call: the default device is no CUDA GPU" in done.stderr
+    assert not (tmp_path / "out").exists()

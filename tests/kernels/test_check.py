@@ -1,0 +1,47 @@
+"""What `make kernels-check` holds the kernels to; it compiles them itself where JAX's CUDA compiler is installed."""
+
+import json
+
+import pytest
+from ttt_kernels import check
+
+
+def test_the_table_has_every_kernel_and_no_spill():
+    table = json.loads(check.TABLE.read_text())
+    assert table.keys() == check.kernels().keys()
+    for name, found in table.items():
+        assert found["spill_store_bytes"] == found["spill_load_bytes"] == 0, name
+        assert found["ctas_per_sm"] == check.ctas_per_sm(found["registers"], found["shared_memory_bytes"]) > 0, name
+
+
+def test_every_difference_is_named():
+    table = {"a": {"registers": 186, "ctas_per_sm": 2}, "b": {"registers": 255}}
+    assert check.differences(table, table) == []
+    found = {"a": {"registers": 190, "ctas_per_sm": 2}, "c": {"registers": 1}}
+    assert check.differences(found, table) == [
+        "a: registers expected 186, got 190",
+        "c: registers expected None, got 1",
+        "b: in the table, but no kernel",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_memory", "expected"),
+    [
+        (255, 0, 2),
+        (256, 1000, 2),
+        (168, 0, 3),
+        (64, 115_000, 2),
+        (64, 231_000, 1),
+        (128, 113_664, 2),
+        (128, 116_000, 1),
+    ],
+)
+def test_ctas_per_sm(registers, shared_memory, expected):
+    assert check.ctas_per_sm(registers, shared_memory) == expected
+
+
+def test_a_kernel_that_was_not_compiled_is_an_error(monkeypatch):
+    monkeypatch.setattr(check, "_directory_of_ptxas", lambda: "/nowhere")
+    with pytest.raises(RuntimeError, match="linear_forward_c99 was not compiled"):
+        check.resources("linear_forward_c99")
