@@ -18,7 +18,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ttt_jax.config import from_mapping
-from ttt_jax.files import new_directory
+from ttt_jax.files import new_directory, new_path
 from ttt_jax.layers.ttt import TTTConfig
 from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import MoshiConfig, lora
@@ -64,10 +64,7 @@ def save_model(directory: str | pathlib.Path, config: Any, params: Any) -> None:
     Raises:
         FileExistsError: `directory` exists.
     """
-    directory = pathlib.Path(directory).absolute()
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists; choose another directory or remove it first.")
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory = new_path(directory)
     ocp.save_checkpointables(str(directory), {PARAMS: params}, custom_metadata=model_metadata(config))
 
 
@@ -148,6 +145,30 @@ def load_shapes(directory: str | pathlib.Path) -> tuple[Any, Any]:
     """What `load` would read, with the shape and dtype of each parameter in its place; the errors are the same."""
     metadata = _read_newest(directory, read_metadata)
     return metadata.config, metadata.params
+
+
+def load_config(directory: str | pathlib.Path, kind: str, argument: str) -> Any:
+    """The config of the model that a program's argument names.
+
+    Args:
+        directory: as `load` reads it.
+        kind: what the model has to be, one of `MODELS`.
+        argument: named in errors.
+
+    Raises:
+        ValueError: there is no model, or one of another kind.
+    """
+    try:
+        config, _ = load_shapes(directory)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{argument}: {error} Published weights become a checkpoint by `python -m ttt_jax.convert --source={kind} "
+            "--input=WEIGHTS --output=DIR`"
+        ) from error
+    if not isinstance(config, MODELS[kind]):
+        expected, got = (model.__name__.removesuffix("Config") for model in (MODELS[kind], type(config)))
+        raise ValueError(f"{argument}: expected a {expected}, {directory} holds a {got}")
+    return config
 
 
 def _read_newest[T](directory: str | pathlib.Path, read: Callable[[pathlib.Path], T]) -> T:

@@ -19,6 +19,19 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
     os.replace(partial, path)
 
 
+def new_path(path: str | pathlib.Path) -> pathlib.Path:
+    """The absolute path of what is to be written, its parent made.
+
+    Raises:
+        FileExistsError: `path` exists.
+    """
+    path = pathlib.Path(path).absolute()
+    if path.exists():
+        raise FileExistsError(f"{path} exists; choose another directory or remove it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 @contextlib.contextmanager
 def new_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory to write into that gets its name when the context ends, and is gone if that ends by an error.
@@ -28,12 +41,10 @@ def new_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
         FileExistsError: `directory` exists.
     """
-    directory = pathlib.Path(directory).absolute()
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists; choose another directory or remove it first.")
+    directory = new_path(directory)
     staging = directory.with_name(f".{directory.name}.being-written")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging.mkdir()
     try:
         yield staging
         os.rename(staging, directory)

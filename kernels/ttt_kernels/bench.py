@@ -9,6 +9,7 @@ warmed up first, every time the median of calls that have ended on the device.
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import pathlib
 import statistics
@@ -170,17 +171,18 @@ def measure_rates() -> Rates:
 
 def run() -> dict[str, Any]:
     """All measurements."""
-    import jaxlib
     from tqdm import tqdm
 
     rates = measure_rates()
     shapes = [FULL_SHAPE, *((1, tokens) for tokens in PLOTTED_TOKENS)]
     return {
         "device": jax.devices()[0].device_kind,
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "rates": dataclasses.asdict(rates),
         "errors": errors(IMPLEMENTATIONS),
-        "shapes": [time_shape(*shape, IMPLEMENTATIONS) for shape in tqdm(shapes, "shapes", file=sys.stderr)],
+        "shapes": [
+            time_shape(rows, tokens, IMPLEMENTATIONS) for rows, tokens in tqdm(shapes, "shapes", file=sys.stderr)
+        ],
     }
 
 

@@ -91,17 +91,9 @@ def open_mimi(directory: str, num_codebooks: int | None = None) -> MimiCodec:
     Raises:
         ValueError: no Mimi there, or one of fewer codebooks.
     """
-    from ttt_jax.checkpoint import load_shapes  # here, since reading audio needs none of it
+    from ttt_jax.checkpoint import load_config  # here, since reading audio needs none of it
 
-    try:
-        config, _ = load_shapes(directory)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"mimi: {error} Expected a converted Mimi: "
-            "python -m ttt_jax.convert --source=mimi --input=FILE.safetensors --output=DIR"
-        ) from error
-    if not isinstance(config, MimiConfig):
-        raise ValueError(f"mimi: {directory} holds a model of another kind, {type(config).__name__}")
+    config = load_config(directory, "mimi", "mimi")
     if num_codebooks is not None:
         if not 1 <= num_codebooks <= config.n_q:
             raise ValueError(f"num_codebooks: expected 1 to {config.n_q}, which {directory} has, got {num_codebooks}")

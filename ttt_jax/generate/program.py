@@ -15,7 +15,7 @@ import numpy as np
 import sentencepiece
 import tqdm
 
-from ttt_jax.checkpoint import load, load_shapes
+from ttt_jax.checkpoint import load, load_config
 from ttt_jax.data import audio
 from ttt_jax.data.text import open_tokenizer
 from ttt_jax.data.tokens import TOKENIZER_FILE
@@ -156,8 +156,8 @@ def _check_files(options: Options) -> None:
 
 def _read_configs(options: Options) -> Configs:
     """The models' configs, checked before any weights are read."""
-    model = _read_config("checkpoint", "moshi", MoshiConfig, options.checkpoint)
-    configs = Configs.of(model, _read_config("mimi", "mimi", MimiConfig, options.mimi))
+    model = load_config(options.checkpoint, "moshi", "--checkpoint")
+    configs = Configs.of(model, load_config(options.mimi, "mimi", "--mimi"))
     if options.ttt == "on" and not (model.ttt and model.ttt.layers):
         raise ValueError(
             f"--ttt=on: {options.checkpoint} has no TTT layers. Insert some when converting, with "
@@ -170,20 +170,6 @@ def _read_configs(options: Options) -> Configs:
     if not model.voice_q and not (options.text or options.words):
         raise ValueError(f"--text: {options.checkpoint} only writes text; name a file for it with --text or --words")
     return configs
-
-
-def _read_config(flag: str, source: str, kind: type, directory: pathlib.Path) -> Any:
-    try:
-        config, _ = load_shapes(directory)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"--{flag}: {error} Kyutai's weights become one by `python -m ttt_jax.convert --source={source} "
-            "--input=kyutai/moshiko-pytorch-bf16 --output=DIR`"
-        ) from error
-    if not isinstance(config, kind):
-        expected, got = (name.removesuffix("Config") for name in (kind.__name__, type(config).__name__))
-        raise ValueError(f"--{flag}: expected a {expected}, {directory} holds a {got}")
-    return config
 
 
 def _read_tokenizer(options: Options, config: MoshiConfig) -> sentencepiece.SentencePieceProcessor | None:

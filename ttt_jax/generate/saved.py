@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
+from ttt_jax.files import new_path
 from ttt_jax.generate.conversation import Configs, Conversation, init_conversation
 
 CONVERSATION = "conversation"
@@ -29,10 +30,7 @@ def save_conversation(
     Raises:
         FileExistsError: `directory` exists.
     """
-    directory = pathlib.Path(directory).absolute()
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists; choose another directory or remove it first.")
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory = new_path(directory)
     model = {"rows": conversation.stream.position.shape[0], **_model(configs, params)}
     ocp.save_checkpointables(str(directory), {CONVERSATION: _named(conversation)}, custom_metadata=model)
 
