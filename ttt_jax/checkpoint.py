@@ -152,7 +152,7 @@ def load_config(directory: str | pathlib.Path, kind: str, argument: str) -> Any:
 
     Args:
         directory: as `load` reads it.
-        kind: what the model has to be, one of `MODELS`.
+        kind: what the model has to be, "moshi" or "mimi".
         argument: named in errors.
 
     Raises:
@@ -162,8 +162,8 @@ def load_config(directory: str | pathlib.Path, kind: str, argument: str) -> Any:
         config, _ = load_shapes(directory)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
-            f"{argument}: {error} Published weights become a checkpoint by `python -m ttt_jax.convert --source={kind} "
-            "--input=WEIGHTS --output=DIR`"
+            f"{argument}: {error} Kyutai's weights become one by `python -m ttt_jax.convert --source={kind} "
+            "--input=kyutai/moshiko-pytorch-bf16 --output=DIR`"
         ) from error
     if not isinstance(config, MODELS[kind]):
         expected, got = (model.__name__.removesuffix("Config") for model in (MODELS[kind], type(config)))

@@ -164,7 +164,7 @@ def test_conversations_are_the_same_whatever_the_workers(mimi_directory, tmp_pat
 def test_bad_input(mimi_directory, codec, tmp_path):
     with pytest.raises(ValueError, match=r"needs --mimi=DIR, a converted Mimi: python -m ttt_jax\.convert"):
         codecs.get_codec("mimi")
-    with pytest.raises(ValueError, match=r"none does not exist.* python -m ttt_jax.convert --source=mimi"):
+    with pytest.raises(ValueError, match=r"none does not exist.*`python -m ttt_jax.convert --source=mimi"):
         codecs.get_codec("mimi", tmp_path / "none")
     with pytest.raises(ValueError, match=r"num_codebooks: expected 1 to 16, .* got 17"):
         codecs.get_codec("mimi", mimi_directory, 17)

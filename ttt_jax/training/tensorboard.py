@@ -3,14 +3,15 @@
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EVENTS = "tensorboard"
 
@@ -44,8 +45,10 @@ class TensorBoard:
         values = [value for path, number in _numbers(tree) for value in summary.scalar(path, number).value]
         self._write(step, summary=summary.Summary(value=values))
 
-    def image(self, step: int, name: str, figure: Figure) -> None:
+    def image(self, step: int, name: str, figure: "Figure") -> None:
         """Writes a Matplotlib figure as a PNG of its own size."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # late: a run's start need not wait for it
+
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())
@@ -74,8 +77,10 @@ def _numbers(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, flo
                 yield "/".join([f"{path}{name}", *map(str, index)]), float(number)
 
 
-def losses_figure(validation: Mapping[str, Any]) -> Figure:
+def losses_figure(validation: Mapping[str, Any]) -> "Figure":
     """The validation's NLL of text and of every codebook as bars, from the keys `text` and `audio` [dep_q]."""
+    from matplotlib.figure import Figure
+
     text, audio = float(validation["text"]), np.asarray(validation["audio"], np.float64)
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
