@@ -66,8 +66,8 @@ def run(name, params, tokens, **options):
     return jax.jit(functools.partial(ttt_jax.ttt_linear, implementation=name))(params, *tokens, **options)
 
 
-def test_outputs_and_state_of_a_long_call(gpu):
-    params, tokens = make_params(), make_tokens(512)
+def check_forward(num_tokens):
+    params, tokens = make_params(), make_tokens(num_tokens)
     out, state = run("pallas", params, tokens)
     assert out.dtype == jnp.bfloat16
     assert {x.dtype for x in state.weights} == {jnp.dtype("float32")}
@@ -75,6 +75,15 @@ def test_outputs_and_state_of_a_long_call(gpu):
     assert_close(out, exact, OUTPUT)
     assert_close(state.weights, exact_state.weights, STATE)
     np.testing.assert_array_equal(state.count, exact_state.count)
+
+
+def test_outputs_and_state_after_more_tiles_than_are_on_their_way_at_once(gpu):
+    check_forward(512)
+
+
+def test_outputs_and_state_after_8192_tokens():
+    with ttt_kernels.interpreted():
+        check_forward(8192)
 
 
 def test_every_gradient_with_rows_that_differ_in_state_length_and_reset(gpu):
