@@ -3,7 +3,7 @@
     python -m ttt_jax.data.conversations --hours=6 --min_minutes=5 --max_minutes=12 --seed=0 --output=data/quickstart
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-`make quickstart` does both, and the evaluation. Training takes about 5 minutes on 2 cores.
+`make quickstart` does both, and the evaluation. Training takes 5 to 8 minutes on 2 cores.
 
 Every field is listed, so that each is a flag: `--config.optimizer.clip_norm=0.5`, `--config.model.ttt.kind=mlp`.
 """
