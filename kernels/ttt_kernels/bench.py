@@ -22,7 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-C, D = 16, 64
+from ttt_kernels.linear import HEAD_DIM as D
+from ttt_kernels.linear import MINI_BATCH_SIZE as C
+
 HEADS = 32
 IMPLEMENTATIONS = ("pallas", "scan")
 FULL_SHAPE = (8, 8192)
@@ -95,7 +97,7 @@ def median_seconds(function: Callable[..., Any], *arguments: Any) -> float:
     return statistics.median(times)
 
 
-def make_arguments(batch_size: int, num_tokens: int, num_heads: int, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
+def make_arguments(batch_size: int, num_tokens: int, num_heads: int) -> tuple[Any, ...]:
     """params, q, k, v, lr as a trained layer might have them."""
     from ttt_jax import TTTLinearParams
 
@@ -107,9 +109,9 @@ def make_arguments(batch_size: int, num_tokens: int, num_heads: int, dtype: Any 
     ln = jnp.ones((num_heads, D)), jnp.zeros((num_heads, D))
     params = TTTLinearParams(normal(keys[0], num_heads, D, D, scale=0.1), jnp.zeros((num_heads, D)), *ln)
     shape = (batch_size, num_tokens, num_heads)
-    q, k = (normal(key, *shape, D, scale=D**-0.5).astype(dtype) for key in keys[1:3])
+    q, k = (normal(key, *shape, D, scale=D**-0.5).astype(jnp.bfloat16) for key in keys[1:3])
     lr = jax.random.uniform(keys[4], shape, jnp.float32, 0.0, 0.5)
-    return params, q, k, normal(keys[3], *shape, D).astype(dtype), lr
+    return params, q, k, normal(keys[3], *shape, D).astype(jnp.bfloat16), lr
 
 
 def operation(implementation: str, *, backward: bool) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ _PARAMETERS: contextvars.ContextVar[plgpu.InterpretGPUParams | None] = contextva
 
 @contextlib.contextmanager
 def interpreted(*, detect_races: bool = False) -> Iterator[None]:
-    """Kernels that are traced inside run interpreted, as if on an H100; about a second for each mini-batch.
+    """Kernels that are traced inside run interpreted, as if on an H100; some 50 ms for each mini-batch.
 
     Args:
         detect_races: print every access to memory that no barrier orders.

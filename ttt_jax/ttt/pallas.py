@@ -76,7 +76,7 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
         parts.append((completing, out))
         start = completing.length
     whole = _Part(start, (lengths - start) // c * c, num_tokens // c * c)
-    out, state = _whole_mini_batches(call, whole, state)
+    out, state = _whole_mini_batches(_call_of(call, whole, state), state)
     parts.append((whole, out))
     if call.state is not None or call.length is not None or num_tokens % c:
         rest = _Part(start + whole.length, lengths - start - whole.length, c)
@@ -85,19 +85,17 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
     return _joined(parts, num_tokens), state
 
 
-def _whole_mini_batches(call: Call, part: _Part, state: TTTState) -> tuple[jax.Array, TTTState]:
+def _whole_mini_batches(call: Call, state: TTTState) -> tuple[jax.Array, TTTState]:
     import ttt_kernels
 
-    real = jnp.arange(part.size, dtype=jnp.int32)[None] < part.length[:, None]
-    q, k, v, lr = (_tokens_of(x, part, real) for x in (call.q, call.k, call.v, call.lr))
-    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    q, k, v = (x.astype(jnp.bfloat16) for x in (call.q, call.k, call.v))
     w1, b1 = state.weights
     out, *weights = ttt_kernels.ttt_linear(
         q,
         k,
         v,
-        lr,
-        lr * call.token_scale[-1],
+        call.lr,
+        call.lr * call.token_scale[-1],
         call.token_scale,
         w1,
         b1,
