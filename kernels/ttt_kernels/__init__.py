@@ -1,7 +1,7 @@
 """GPU kernels for the TTT inner loop, on NVIDIA Hopper. Depends on jax alone; `kernels/README.md` has the design."""
 
-from ttt_kernels.blocks import LinearBlocks
+from ttt_kernels.blocks import LinearBlocks, MLPBlocks
 from ttt_kernels.interpreter import interpreted
-from ttt_kernels.linear import ttt_linear
+from ttt_kernels.operations import ttt_linear, ttt_mlp
 
-__all__ = ["LinearBlocks", "interpreted", "ttt_linear"]
+__all__ = ["LinearBlocks", "MLPBlocks", "interpreted", "ttt_linear", "ttt_mlp"]

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -32,27 +33,35 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     import jax
     import jax.numpy as jnp
 
+    from ttt_kernels import linear_backward, linear_forward
     from ttt_kernels.blocks import LinearBlocks
-    from ttt_kernels.linear_backward import backward
-    from ttt_kernels.linear_forward import forward
 
     batch_size, num_tokens, num_heads, dim = 2, 1024, 4, 64
-    blocks = LinearBlocks()
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct((batch_size, num_heads, *shape), dtype)
 
-    tokens = array(batch_size, num_tokens, num_heads, dim, dtype=jnp.bfloat16)
-    steps = array(batch_size, num_heads, num_tokens)
-    weights = array(batch_size, num_heads, dim, dim), array(batch_size, num_heads, dim)
-    checkpoints = num_tokens // 64 // blocks.tiles_per_checkpoint
-    kept = array(batch_size, num_heads, checkpoints, dim, dim), array(batch_size, num_heads, checkpoints, dim)
-    inputs, ln = (tokens, tokens, tokens, steps, steps, array(16)), (array(num_heads, dim), array(num_heads, dim))
-    options = {"eps": 1e-6, "blocks": blocks, "interpret": False}
-    return {
-        "linear_forward_c16_d64": (functools.partial(forward, **options), (*inputs, *weights, *ln)),
-        "linear_backward_c16_d64": (functools.partial(backward, **options), (*inputs, *kept, *ln, tokens, *weights)),
+    tokens = jax.ShapeDtypeStruct((batch_size, num_tokens, num_heads, dim), jnp.bfloat16)
+    ln = (jax.ShapeDtypeStruct((num_heads, dim), jnp.float32),) * 2
+    models = {
+        "linear": (linear_forward.forward, linear_backward.backward, LinearBlocks(), ((dim, dim), (dim,))),
     }
+    found = {}
+    for name, (forward, backward, blocks, weights) in models.items():
+        for c, causal in ((16, True), (16, False), (64, True), (64, False)):
+            options = {"causal": causal, "eps": 1e-6, "blocks": blocks, "interpret": False}
+            scale = jax.ShapeDtypeStruct((c,), jnp.float32)
+            inputs = (tokens, tokens, tokens, array(num_tokens), array(num_tokens), scale)
+            at_end = tuple(array(*shape) for shape in weights)
+            kept = tuple(array(num_tokens // 64 // blocks.tiles_per_checkpoint, *shape) for shape in weights)
+            mask = "causal" if causal else "full"
+            found[f"{name}_forward_{mask}_c{c}"] = (
+                functools.partial(forward, keep=True, **options),
+                (*inputs, *at_end, *ln),
+            )
+            arguments = (*inputs, *kept, *ln, tokens, *at_end)
+            found[f"{name}_backward_{mask}_c{c}"] = functools.partial(backward, **options), arguments
+    return found
 
 
 def resources(name: str) -> dict[str, int]:
@@ -155,10 +164,11 @@ def main() -> int:
     if options.compile:
         compile_kernel(options.compile)
         return 0
-    found = {}
-    for name in kernels():
-        found[name] = resources(name)
-        print(name, *(f"{value} {key}" for key, value in found[name].items()), sep="  ", flush=True)
+    names, found = list(kernels()), {}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, taken in zip(names, pool.map(resources, names), strict=True):
+            found[name] = taken
+            print(name, *(f"{value} {key}" for key, value in taken.items()), sep="  ", flush=True)
     if options.write:
         TABLE.write_text(json.dumps(found, indent=2) + "\n")
         return 0

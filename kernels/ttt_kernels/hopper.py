@@ -1,4 +1,4 @@
-"""What the kernels share: layouts, matrix products, and the inner LayerNorm on a transposed mini-batch.
+"""What the kernels share: layouts and matrix products.
 
 A mini-batch lives in registers as [D, C]: features are rows, tokens columns. A Hopper matrix product (wgmma) has 64
 rows, which D fills and C = 16 would not. Vectors over features are `ROWS`, vectors over tokens `COLUMNS`.
@@ -14,6 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 TILE = 64
 """Tokens that are copied at once."""
+
+D = 64
+"""Head dim."""
 
 WGMMA: Any = plgpu.Layout.WGMMA
 ROWS: Any = plgpu.Layout.WGMMA.reduce(1)
@@ -33,8 +36,15 @@ OVER_FEATURES = _transforms(64, 128)
 FLOAT32 = _transforms(32, 128)
 """Of float32 matrices, so that registers reach them without bank conflicts."""
 
-OVER_TOKENS = _transforms(16, 32)
-"""Of buffers that products sum over the 16 tokens of a mini-batch: a swizzle of 32 bytes spans just those."""
+
+def over_tokens(count: int) -> tuple[Any, Any]:
+    """Of buffers that products sum over this many tokens: a swizzle of 32 bytes spans 16 of them."""
+    return _transforms(count, 2 * count)
+
+
+def float32_columns(columns: int) -> tuple[Any, Any]:
+    """Of float32 buffers with few columns."""
+    return _transforms(columns, 4 * columns)
 
 
 def load(ref, layout=WGMMA):
@@ -64,19 +74,8 @@ def product(shape: tuple[int, int], *pairs) -> jax.Array:
     return result
 
 
-def mean_over_rows(x: jax.Array) -> jax.Array:
-    """[D, C] to its mean over features, the same for each feature."""
-    return over_rows(x.sum(axis=0) * (1.0 / x.shape[0]), x.shape[0])
-
-
-def normalize(z: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """[D, C] to zero mean and unit variance over features; also 1/std, [D, C]."""
-    centered = z - mean_over_rows(z)
-    rstd = lax.rsqrt((centered * centered).sum(axis=0) * (1.0 / z.shape[0]) + eps)
-    rstd = over_rows(rstd, z.shape[0])
-    return centered * rstd, rstd
-
-
-def without_projections(x: jax.Array, normalized: jax.Array) -> jax.Array:
-    """`x` without its mean and its part along `normalized`: a LayerNorm's derivative, times std."""
-    return x - mean_over_rows(x) - normalized * mean_over_rows(x * normalized)
+def is_seen(columns: int, c: int, m: int | jax.Array, block: int | jax.Array, *, causal: bool) -> jax.Array:
+    """`[TILE, columns]`: which of a tile's tokens are seen by the readers of a block of its mini-batch m."""
+    source = plgpu.broadcasted_iota(jnp.int32, (TILE, columns), 0, layout=WGMMA) - m * c
+    reader = plgpu.broadcasted_iota(jnp.int32, (TILE, columns), 1, layout=WGMMA) + block * columns
+    return (source >= 0) & (source <= reader if causal else source < c)

@@ -1,7 +1,7 @@
-"""TTT-Linear, causal, C = 16, D = 64: the backward kernel; one warpgroup walks back over one row and head.
+"""TTT-Linear, D = 64: the backward kernel; one warpgroup walks back over one row and head.
 
 From each checkpoint it first walks forward, to have the weights at the start of each mini-batch in SMEM, then back.
-`g` is the gradient of the inner loss by the prediction, `d_x` the derivative of the outer loss by `x`.
+A mini-batch is worked on in blocks of tokens, as many as registers hold.
 """
 
 import jax
@@ -10,15 +10,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_kernels import hopper
+from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import LinearBlocks
-from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, load, mean_over_rows, over_columns, over_rows, product
-from ttt_kernels.linear_forward import MINI_BATCHES, C, D, operand_of
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
 
 
 def backward(
     q, k, v, lr_read, lr_update, scale, wt_kept, b_kept, ln_scale, ln_bias, d_out, d_wt, d_b,
-    *, eps: float, blocks: LinearBlocks, interpret,
+    *, causal: bool, eps: float, blocks: LinearBlocks, interpret,
 ):  # fmt: skip
     """Derivatives by every argument of the forward kernel.
 
@@ -31,6 +30,9 @@ def backward(
         `[B, H, T]`, d_wt `[B, H, 64, 64]`, d_b `[B, H, 64]`, d_ln_scale and d_ln_bias of each row `[B, H, 64]`.
     """
     batch_size, num_tokens, num_heads, _ = q.shape
+    c = scale.shape[0]
+    n = min(c, blocks.columns)
+    num_blocks, mini_batches = c // n, TILE // c
     num_tiles = num_tokens // TILE
     per_group = min(blocks.tiles_per_checkpoint, num_tiles)
     num_groups = -(-num_tiles // blocks.tiles_per_checkpoint)
@@ -68,15 +70,22 @@ def backward(
         )
         d_b = load(b_s, ROWS)
         plgpu.commit_smem()
-        gamma, beta = (over_columns(load(ref, ROWS), C) for ref in (ln_scale_s, ln_bias_s))
+        gamma, beta = (over_columns(load(ref, ROWS), n) for ref in (ln_scale_s, ln_bias_s))
 
-        def inner_gradient(z, target):
-            normalized, rstd = hopper.normalize(z, eps)
-            error = gamma * normalized + beta - target
-            return rstd * hopper.without_projections(gamma * error, normalized), normalized, rstd, error
+        def block_of(m, i):
+            """Tokens of block i of the tile's mini-batch m."""
+            start = m * c + i * n
+            return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, n), n)
 
-        def target_of(at):
-            return load(v_s.at[at].T).astype(f32) - load(k_s.at[at].T).astype(f32)
+        def over_blocks(body, carry):
+            return body(0, carry) if num_blocks == 1 else lax.fori_loop(0, num_blocks, body, carry)
+
+        def inner_gradient(kept, at):
+            """Of the tokens `at`, under kept weights."""
+            k_b = k_s.at[at].T
+            z = product((D, n), (weights_s.at[kept], k_b)) + over_columns(load(biases_s.at[kept], ROWS), n)
+            target = load(v_s.at[at].T).astype(f32) - load(k_b).astype(f32)
+            return inner.inner_gradient(z, target, gamma, beta, eps)
 
         def recompute(first, j, weights):
             """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
@@ -91,83 +100,106 @@ def backward(
             k_tokens_s[...] = (-k_step).astype(bf16)
 
             def mini_batch(m, weights):
-                wt, b = weights
-                at, n = pl.ds(pl.multiple_of(m * C, C), C), j * MINI_BATCHES + m
-                weights_s.at[n][...] = wt.astype(bf16)
-                biases_s.at[n][...] = b
+                kept = j * mini_batches + m
+                weights_s.at[kept][...] = weights[0].astype(bf16)
+                biases_s.at[kept][...] = weights[1]
                 plgpu.commit_smem()
-                z = product((D, C), (weights_s.at[n], k_s.at[at].T)) + over_columns(b, C)
-                g = inner_gradient(z, target_of(at))[0]
-                operand = operand_of(g, g_operand_s, blocks)
-                wt = wt + product((D, D), (operand, k_tokens_s.at[at]))
-                return wt, b - (g * over_rows(load(lr_update_s.at[at], COLUMNS))).sum(axis=1)
 
-            weights = lax.fori_loop(0, MINI_BATCHES, mini_batch, weights)
+                def update(i, weights):
+                    wt, b = weights
+                    at = block_of(m, i)
+                    g = inner_gradient(kept, at).g
+                    g_operand_s.at[:, block_of(0, i)][...] = g.astype(bf16)
+                    plgpu.commit_smem()
+                    wt = wt + product((D, D), (g_operand_s.at[:, block_of(0, i)], k_tokens_s.at[at]))
+                    return wt, b - (g * over_rows(load(lr_update_s.at[at], COLUMNS))).sum(axis=1)
+
+                return over_blocks(update, weights)
+
+            weights = lax.fori_loop(0, mini_batches, mini_batch, weights)
             plgpu.commit_smem()
             return weights
 
         def mini_batch(m, j, d_b, d_gamma, d_beta, d_lr_read):
-            at, n = pl.ds(pl.multiple_of(m * C, C), C), j * MINI_BATCHES + m
-            wt, bias = weights_s.at[n], over_columns(load(biases_s.at[n], ROWS), C)
-            q_m, k_m = q_s.at[at].T, k_s.at[at].T
-            scale = load(scale_s, COLUMNS)
-            lr_read, lr_update = load(lr_read_s, ROWS), over_rows(load(lr_update_s.at[at], COLUMNS))
-            # The forward pass again.
-            g, k_normalized, k_rstd, error = inner_gradient(product((D, C), (wt, k_m)) + bias, target_of(at))
-            g_s.at[at].T[...] = g.astype(bf16)
-            source = plgpu.broadcasted_iota(jnp.int32, (TILE, C), 0, layout=WGMMA) - m * C
-            reader = plgpu.broadcasted_iota(jnp.int32, (TILE, C), 1, layout=WGMMA)
-            is_seen = (source >= 0) & (source <= reader)  # so is no source of another mini-batch
-            attention = jnp.where(is_seen, product((TILE, C), (k_s, q_m)) + 1.0, 0.0)
-            by_reader, by_source = over_rows(scale), over_columns(lr_read, C)
-            mixing_s[...] = (-attention * by_reader * by_source).astype(bf16)
-            g_operand = operand_of(g, g_operand_s, blocks)
-            plgpu.commit_smem()
-            z_q = product((D, C), (wt, q_m), (g_operand, mixing_s.at[at])) + bias
-            # Back through the reading.
-            d_out = load(d_out_s.at[at].T).astype(f32)
-            q_normalized, q_rstd = hopper.normalize(z_q, eps)
-            d_gamma = d_gamma + (d_out * q_normalized).sum(axis=1)
-            d_beta = d_beta + d_out.sum(axis=1)
-            d_zq = q_rstd * hopper.without_projections(d_out * gamma, q_normalized)
-            d_zq_s.T[...] = d_zq.astype(bf16)
-            d_zq_operand = operand_of(d_zq, d_zq_operand_s, blocks)
+            kept, tokens = j * mini_batches + m, pl.ds(pl.multiple_of(m * c, c), c)
+            wt, q_tokens, k_tokens = weights_s.at[kept], q_tokens_s.at[tokens], k_tokens_s.at[tokens]
+            lr_read = over_columns(load(lr_read_s, ROWS), n)
+
+            def read_keys(i):
+                """The forward pass again: the inner gradient of a block."""
+                at = block_of(m, i)
+                keys = inner_gradient(kept, at)
+                g_s.at[at].T[...] = keys.g.astype(bf16)
+                g_operand_s.at[:, block_of(0, i)][...] = keys.g.astype(bf16)
+                return keys
+
+            if num_blocks == 1:
+                read = read_keys(0)
+            else:
+                read = None
+                lax.fori_loop(0, num_blocks, lambda i, _: read_keys(i) and None, None)
             d_wt_operand_s[...] = load(d_wt_s).astype(bf16)
             plgpu.commit_smem()
-            d_mixing = jnp.where(is_seen, -product((TILE, C), (g_s, d_zq_s.T)), 0.0)
-            d_steps = d_mixing * attention
-            d_lr_read = d_lr_read + (d_steps * by_reader).sum(axis=1)
-            d_scale_s.at[at][...] = (d_steps * by_source).sum(axis=0)
-            d_attention_s[...] = (d_mixing * by_reader * by_source).astype(bf16)
-            # Back through the update of the weights.
-            d_step = product((D, C), (d_wt_operand_s, k_m)) + over_columns(d_b, C)
-            d_lr_update_s.at[at][...] = -(g * d_step).sum(axis=0)
-            g_step_s.T[...] = (-(g * lr_update)).astype(bf16)
-            d_g = product((D, C), (d_zq_operand, mixing_s.at[at].T)) - d_step * lr_update
-            # Back through the inner gradient.
-            d_h = k_rstd * d_g
-            d_gy = hopper.without_projections(d_h, k_normalized)
-            gy = gamma * error
-            d_normalized = (
-                gamma * gamma * d_gy - d_h * mean_over_rows(gy * k_normalized) - gy * mean_over_rows(d_h * k_normalized)
-            )
-            d_gamma = d_gamma + (d_gy * (error + gamma * k_normalized)).sum(axis=1)
-            d_beta = d_beta + (d_gy * gamma).sum(axis=1)
-            d_target = -gamma * d_gy
-            d_zk = hopper.without_projections(d_normalized, k_normalized) - k_normalized * mean_over_rows(d_g * g)
-            d_zk = k_rstd * d_zk
-            d_zk_s.T[...] = d_zk.astype(bf16)
-            d_zk_operand = operand_of(d_zk, d_zk_operand_s, blocks)
-            plgpu.commit_smem()
-            # Back to the tokens and the weights.
-            q_tokens, k_tokens, d_attention = q_tokens_s.at[at], k_tokens_s.at[at], d_attention_s.at[at]
-            d_q = d_out + product((D, C), (wt.T, d_zq_s.T), (k_tokens.T, d_attention))
-            d_k = product((D, C), (q_tokens.T, d_attention.T), (d_wt_operand_s.T, g_step_s.T), (wt.T, d_zk_s.T))
-            d_out_s.at[at].T[...] = d_q.astype(bf16)
-            d_k_s.at[at].T[...] = (d_k - d_target).astype(bf16)
-            v_s.at[at].T[...] = d_target.astype(bf16)
-            d_wt_s[...] = load(d_wt_s) + product((D, D), (d_zq_operand, q_tokens), (d_zk_operand, k_tokens))
-            d_b = d_b + d_zq.sum(axis=1) + d_zk.sum(axis=1)
+
+            def back_through_reading(i, carry):
+                d_b, d_gamma, d_beta, d_lr_read = carry
+                at, block = block_of(m, i), block_of(0, i)
+                q_b = q_s.at[at].T
+                is_seen = hopper.is_seen(n, c, m, i, causal=causal)
+                attention = jnp.where(is_seen, product((TILE, n), (k_s, q_b)) + 1.0, 0.0)
+                by_reader = over_rows(load(scale_s.at[block], COLUMNS))
+                mixing_s.at[:, block][...] = (-attention * by_reader * lr_read).astype(bf16)
+                plgpu.commit_smem()
+                z_q = product((D, n), (wt, q_b), (g_operand_s, mixing_s.at[tokens, block]))
+                z_q = z_q + over_columns(load(biases_s.at[kept], ROWS), n)
+                d_out = load(d_out_s.at[at].T).astype(f32)
+                normalized, rstd = inner.normalize(z_q, eps)
+                d_gamma = d_gamma + (d_out * normalized).sum(axis=1)
+                d_beta = d_beta + d_out.sum(axis=1)
+                d_zq = rstd * inner.without_projections(d_out * gamma, normalized)
+                d_zq_s.at[block].T[...] = d_zq.astype(bf16)
+                d_zq_operand_s.at[:, block][...] = d_zq.astype(bf16)
+                plgpu.commit_smem()
+                d_mixing = jnp.where(is_seen, -product((TILE, n), (g_s, d_zq_s.at[block].T)), 0.0)
+                d_steps = d_mixing * attention
+                d_lr_read = d_lr_read + (d_steps * by_reader).sum(axis=1)
+                d_scale_s.at[at][...] = (d_steps * lr_read).sum(axis=0)
+                d_attention_s.at[:, block][...] = (d_mixing * by_reader * lr_read).astype(bf16)
+                return d_b + d_zq.sum(axis=1), d_gamma, d_beta, d_lr_read
+
+            next_d_b, d_gamma, d_beta, d_lr_read = over_blocks(back_through_reading, (d_b, d_gamma, d_beta, d_lr_read))
+
+            def back_through_update(i, carry):
+                next_d_b, d_gamma, d_beta = carry
+                at, block = block_of(m, i), block_of(0, i)
+                keys = inner_gradient(kept, at) if read is None else read
+                g = keys.g
+                lr_update = over_rows(load(lr_update_s.at[at], COLUMNS))
+                d_step = product((D, n), (d_wt_operand_s, k_s.at[at].T)) + over_columns(d_b, n)
+                d_lr_update_s.at[at][...] = -(g * d_step).sum(axis=0)
+                g_step_s.at[block].T[...] = (-(g * lr_update)).astype(bf16)
+                d_g = product((D, n), (d_zq_operand_s, mixing_s.at[at].T)) - d_step * lr_update
+                d = inner.back_through_inner_gradient(d_g, keys, gamma)
+                d_gamma, d_beta = d_gamma + d.d_gamma.sum(axis=1), d_beta + d.d_beta.sum(axis=1)
+                d_zk_s.at[block].T[...] = d.d_z.astype(bf16)
+                d_zk_operand_s.at[:, block][...] = d.d_z.astype(bf16)
+                plgpu.commit_smem()
+                # Back to the tokens.
+                d_q = product((D, n), (wt.T, d_zq_s.at[block].T), (k_tokens.T, d_attention_s.at[tokens, block]))
+                d_out_s.at[at].T[...] = (load(d_out_s.at[at].T).astype(f32) + d_q).astype(bf16)
+                d_k = product(
+                    (D, n),
+                    (q_tokens.T, d_attention_s.at[at].T),
+                    (d_wt_operand_s.T, g_step_s.at[block].T),
+                    (wt.T, d_zk_s.at[block].T),
+                )
+                d_k_s.at[at].T[...] = (d_k - d.d_target).astype(bf16)
+                v_s.at[at].T[...] = d.d_target.astype(bf16)
+                return next_d_b + d.d_z.sum(axis=1), d_gamma, d_beta
+
+            d_b, d_gamma, d_beta = over_blocks(back_through_update, (next_d_b, d_gamma, d_beta))
+            d_wt = product((D, D), (d_zq_operand_s, q_tokens), (d_zk_operand_s, k_tokens))
+            d_wt_s[...] = load(d_wt_s) + d_wt
             return d_b, d_gamma, d_beta, d_lr_read
 
         def tile(first, j, carry):
@@ -187,8 +219,8 @@ def backward(
             d_lr_read = jnp.zeros_like(carry[0])
             *carry, d_lr_read = lax.fori_loop(
                 0,
-                MINI_BATCHES,
-                lambda i, carry: mini_batch(MINI_BATCHES - 1 - i, j, *carry),
+                mini_batches,
+                lambda i, carry: mini_batch(mini_batches - 1 - i, j, *carry),
                 (*carry, d_lr_read),
             )
             d_lr_read_s[...] = d_lr_read
@@ -223,12 +255,13 @@ def backward(
         )
 
     tokens = plgpu.SMEM((TILE, D), bf16, transforms=hopper.OVER_FEATURES)
-    source_tokens = plgpu.SMEM((TILE, D), bf16, transforms=hopper.OVER_TOKENS)
-    operand = plgpu.SMEM((D, C), bf16, transforms=hopper.OVER_TOKENS)
-    right_operand = plgpu.SMEM((C, D), bf16, transforms=hopper.OVER_FEATURES)
-    pairs = plgpu.SMEM((TILE, C), bf16, transforms=hopper.OVER_TOKENS)
+    over_tokens = hopper.over_tokens(n)
+    source_tokens = plgpu.SMEM((TILE, D), bf16, transforms=over_tokens)
+    operand = plgpu.SMEM((D, c), bf16, transforms=over_tokens)
+    right_operand = plgpu.SMEM((c, D), bf16, transforms=hopper.OVER_FEATURES)
+    pairs = plgpu.SMEM((TILE, c), bf16, transforms=over_tokens)
     steps, vector = plgpu.SMEM((TILE,), f32), plgpu.SMEM((D,), f32)
-    kept = per_group * MINI_BATCHES
+    kept = per_group * mini_batches
     rows = (batch_size, num_heads)
     shape = jax.ShapeDtypeStruct
     of_tokens, of_steps, of_vectors = shape(q.shape, bf16), shape(lr_read.shape, f32), shape(d_b.shape, f32)
@@ -240,7 +273,7 @@ def backward(
         scratch_types=[
             *(tokens,) * 6,
             *(source_tokens,) * 2,
-            *(steps, steps, plgpu.SMEM((C,), f32), steps, steps, steps),
+            *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps),
             plgpu.SMEM((kept, D, D), bf16, transforms=hopper.OVER_FEATURES),
             plgpu.SMEM((kept, D), f32),
             *(plgpu.SMEM((D, D), f32, transforms=hopper.FLOAT32) for _ in range(2)),

@@ -1,4 +1,4 @@
-"""TTT-Linear, causal, C = 16, D = 64: the forward kernel; one warpgroup walks over the tokens of one row and head."""
+"""TTT-Linear, D = 64: the forward kernel; one warpgroup walks over the tokens of one row and head."""
 
 from typing import Any
 
@@ -8,18 +8,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_kernels import hopper
+from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import LinearBlocks
-from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, load, over_columns, over_rows, product
-
-C, D = 16, 64
-MINI_BATCHES = TILE // C
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, D, load, over_columns, over_rows, product
 
 
 def forward(
-    q, k, v, lr_read, lr_update, scale, wt, b, ln_scale, ln_bias, *, eps: float, blocks: LinearBlocks, interpret
-):
-    """Outputs, final weights, and the weights at the start of each checkpoint.
+    q, k, v, lr_read, lr_update, scale, wt, b, ln_scale, ln_bias,
+    *, causal: bool, keep: bool, eps: float, blocks: LinearBlocks, interpret,
+):  # fmt: skip
+    """Outputs and final weights, and for the backward kernel the weights at each checkpoint.
 
     Args:
         q: `[B, T, H, 64]` bfloat16, T a multiple of `TILE`.
@@ -27,30 +25,39 @@ def forward(
         v: as q.
         lr_read: `[B, H, T]` float32, step size of each token as readers of its mini-batch see it.
         lr_update: `[B, H, T]` float32, step size of each token in the update after its mini-batch.
-        scale: `[16]` float32, what a reader multiplies `lr_read` by.
+        scale: `[C]` float32, C a divisor of `TILE`: what a reader multiplies `lr_read` by.
         wt: `[B, H, 64, 64]` float32, the weights transposed: (out, in).
         b: `[B, H, 64]` float32.
         ln_scale: `[H, 64]` float32.
         ln_bias: `[H, 64]` float32.
+        causal: whether a token reads only the gradients of its own mini-batch's tokens up to itself, not all.
+        keep: whether to return checkpoints.
         eps: of the inner LayerNorm.
         blocks: block sizes.
         interpret: parameters of the interpreter, None for a GPU.
 
     Returns:
-        out `[B, T, H, 64]` bfloat16, wt and b at the end, and both at each checkpoint: `[B, H, N, ...]`.
+        out `[B, T, H, 64]` bfloat16, wt and b at the end; where kept, both at each checkpoint: `[B, H, N, ...]`.
     """
     batch_size, num_tokens, num_heads, _ = q.shape
+    c = scale.shape[0]
     num_tiles = num_tokens // TILE
     num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
     stages = min(blocks.stages, num_tiles)
     f32, bf16 = jnp.float32, jnp.bfloat16
+    rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
+    of_checkpoints = (
+        (shape((*rows, num_checkpoints, D, D), f32), shape((*rows, num_checkpoints, D), f32)) if keep else ()
+    )
 
     def body(
         q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, wt_g, b_g, ln_scale_g, ln_bias_g,
-        out_g, wt_end_g, b_end_g, wt_kept_g, b_kept_g,
-        q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixing_s, k_step_s, out_s, ln_scale_s, ln_bias_s, b_s, wt_s,
-        wt_operand_s, g_operand_s, tile_barriers, start_barrier,
+        out_g, wt_end_g, b_end_g, *refs,
     ):  # fmt: skip
+        (
+            *kept_g, q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixing_s, k_step_s, out_s, ln_scale_s, ln_bias_s,
+            b_s, wt_s, wt_operand_s, g_operand_s, tile_barriers, start_barrier,
+        ) = refs  # fmt: skip
         row, head = lax.axis_index("row"), lax.axis_index("head")
 
         def fetch(i, slot):
@@ -69,22 +76,24 @@ def forward(
         for source, target in starts:
             plgpu.copy_gmem_to_smem(source, target, start_barrier)
         plgpu.barrier_wait(start_barrier)
-        gamma, beta = (over_columns(load(ref, ROWS), C) for ref in (ln_scale_s, ln_bias_s))
+        gamma, beta = (over_columns(load(ref, ROWS), c) for ref in (ln_scale_s, ln_bias_s))
 
-        def keep(i, weights):
+        def save(weights, *targets):
             wt_s[...], b_s[...] = weights
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(wt_s, wt_kept_g.at[row, head, i])
-            plgpu.copy_smem_to_gmem(b_s, b_kept_g.at[row, head, i])
+            for source, target in zip((wt_s, b_s), targets, strict=True):
+                plgpu.copy_smem_to_gmem(source, target)
             plgpu.wait_smem_to_gmem(0)
 
         def tile(i, weights):
             wt, b = weights
             slot = lax.rem(i, stages)
 
-            @pl.when(lax.rem(i, blocks.tiles_per_checkpoint) == 0)
-            def _():
-                keep(lax.div(i, blocks.tiles_per_checkpoint), weights)
+            if keep:
+
+                @pl.when(lax.rem(i, blocks.tiles_per_checkpoint) == 0)
+                def _():
+                    save(weights, *(ref.at[row, head, lax.div(i, blocks.tiles_per_checkpoint)] for ref in kept_g))
 
             plgpu.barrier_wait(tile_barriers.at[slot])
             q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
@@ -93,24 +102,23 @@ def forward(
             source = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
             reader = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
             steps = over_columns(load(lr_read_s.at[slot], ROWS), TILE) * over_rows(load(scale_s, COLUMNS))
-            mixing_s[...] = jnp.where(reader >= source, -(attention + 1.0) * steps, 0.0).astype(bf16)
+            mixing = -(attention + 1.0) * steps
+            mixing_s[...] = (jnp.where(reader >= source, mixing, 0.0) if causal else mixing).astype(bf16)
             k_step = load(k_t).astype(f32) * over_columns(load(lr_update_s.at[slot], ROWS), D)
             k_step_s[...] = (-k_step).astype(bf16)
             plgpu.commit_smem()
-            for m in range(MINI_BATCHES):
-                at = pl.ds(m * C, C)
+            for m in range(TILE // c):
+                at = pl.ds(m * c, c)
                 q_m, k_m, v_m = (ref.at[at].T for ref in (q_t, k_t, v_t))
                 operand = operand_of(wt, wt_operand_s, blocks)
-                bias = over_columns(b, C)
+                bias = over_columns(b, c)
                 target = load(v_m).astype(f32) - load(k_m).astype(f32)
-                normalized, rstd = hopper.normalize(product((D, C), (operand, k_m)) + bias, eps)
-                error = gamma * normalized + beta - target
-                g = rstd * hopper.without_projections(gamma * error, normalized)
+                g = inner.inner_gradient(product((D, c), (operand, k_m)) + bias, target, gamma, beta, eps).g
                 g_operand = operand_of(g, g_operand_s, blocks)
-                z_q = product((D, C), (operand, q_m), (g_operand, mixing_s.at[at, at])) + bias
+                z_q = product((D, c), (operand, q_m), (g_operand, mixing_s.at[at, at])) + bias
                 wt = _updated(wt, g_operand, k_step_s.at[at], blocks)
                 b = b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS))).sum(axis=1)
-                out = load(q_m).astype(f32) + gamma * hopper.normalize(z_q, eps)[0] + beta
+                out = load(q_m).astype(f32) + gamma * inner.normalize(z_q, eps)[0] + beta
                 if m == 0:
                     plgpu.wait_smem_to_gmem(0)  # of the tile before
                 out_s.at[at].T[...] = out.astype(bf16)
@@ -125,42 +133,35 @@ def forward(
 
         weights = lax.fori_loop(0, num_tiles, tile, (load(wt_s), load(b_s, ROWS)))
         plgpu.wait_smem_to_gmem(0)
-        wt_s[...], b_s[...] = weights
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(wt_s, wt_end_g.at[row, head])
-        plgpu.copy_smem_to_gmem(b_s, b_end_g.at[row, head])
-        plgpu.wait_smem_to_gmem(0)
+        save(weights, wt_end_g.at[row, head], b_end_g.at[row, head])
 
     tokens = plgpu.SMEM((stages, TILE, D), bf16, transforms=hopper.OVER_FEATURES)
     steps = plgpu.SMEM((stages, TILE), f32)
     vector = plgpu.SMEM((D,), f32)
-    rows = (batch_size, num_heads)
-    shape = jax.ShapeDtypeStruct
     return plgpu.kernel(
         body,
         out_type=(
             shape(q.shape, bf16),
             shape(wt.shape, f32),
             shape(b.shape, f32),
-            shape((*rows, num_checkpoints, D, D), f32),
-            shape((*rows, num_checkpoints, D), f32),
+            *of_checkpoints,
         ),
         grid=rows,
         grid_names=("row", "head"),
         scratch_types=[
             *(tokens, tokens, tokens, steps, steps),
             plgpu.SMEM((TILE,), f32),
-            *(plgpu.SMEM((TILE, size), bf16, transforms=hopper.OVER_TOKENS) for size in (TILE, D)),
+            *(plgpu.SMEM((TILE, size), bf16, transforms=hopper.over_tokens(c)) for size in (TILE, D)),
             plgpu.SMEM((TILE, D), bf16, transforms=hopper.OVER_FEATURES),
             *(vector, vector, vector, plgpu.SMEM((D, D), f32, transforms=hopper.FLOAT32)),
             plgpu.SMEM((D, D), bf16, transforms=hopper.OVER_FEATURES),
-            plgpu.SMEM((D, C), bf16, transforms=hopper.OVER_TOKENS),
+            plgpu.SMEM((D, c), bf16, transforms=hopper.over_tokens(c)),
             plgpu.Barrier(num_arrivals=5, num_barriers=stages),
             plgpu.Barrier(num_arrivals=5),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(q, k, v, lr_read, lr_update, jnp.tile(scale, MINI_BATCHES), wt, b, ln_scale, ln_bias)
+    )(q, k, v, lr_read, lr_update, jnp.tile(scale, TILE // c), wt, b, ln_scale, ln_bias)
 
 
 def operand_of(value, ref, blocks: LinearBlocks):

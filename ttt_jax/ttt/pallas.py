@@ -2,6 +2,7 @@
 
 Each row of a call has up to three parts: the tokens that complete the mini-batch it stands in, whole mini-batches, and
 the tokens of one that stays open. The kernel reads the second part; `scan` reads the others, one mini-batch each.
+Non-causal mini-batches start at the call's first token and none stays open: the kernel reads them all.
 """
 
 from typing import NamedTuple
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 
 from ttt_jax import devices
 from ttt_jax.ttt import scan
-from ttt_jax.ttt.call import Call, fresh_state
-from ttt_jax.ttt.types import TTTLinearParams, TTTState
+from ttt_jax.ttt.call import Call, commit_pending, fresh_state
+from ttt_jax.ttt.types import TTTMLPParams, TTTState
 
 FASTER_ON: frozenset[str] = frozenset()
 """Kinds of devices on which the kernels were measured to be faster than the scan: there they are the default."""
@@ -29,7 +30,7 @@ def is_default() -> bool:
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot take the call; None if they can."""
     try:
-        from ttt_kernels import interpreter, linear
+        from ttt_kernels import interpreter, operations
     except ImportError as error:  # of another version of JAX, say
         return f"the kernels cannot be imported: {error}"
     if interpreter.parameters() is None:
@@ -38,17 +39,16 @@ def refusal(call: Call) -> str | None:
             return f"the default device is no CUDA GPU (backend {jax.default_backend()!r})"
         if capability[0] != HOPPER:
             return f"the kernels are for compute capability {HOPPER}, this GPU has {'.'.join(map(str, capability))}"
-    if not isinstance(call.params, TTTLinearParams):
-        return "there is no kernel for the inner MLP"
-    if not call.causal:
-        return "there is no kernel for non-causal mini-batches"
-    if call.mini_batch_size != linear.MINI_BATCH_SIZE:
-        return f"the kernel's mini-batches have {linear.MINI_BATCH_SIZE} tokens, not {call.mini_batch_size}"
-    if call.q.shape[-1] != linear.HEAD_DIM:
-        return f"the kernel's head dim is {linear.HEAD_DIM}, not {call.q.shape[-1]}"
+    if isinstance(call.params, TTTMLPParams) and call.params.b1.shape[-1] != operations.HIDDEN_UNITS:
+        return f"the kernels' inner MLP has {operations.HIDDEN_UNITS} hidden units, not {call.params.b1.shape[-1]}"
+    if call.mini_batch_size not in operations.MINI_BATCH_SIZES:
+        sizes = " or ".join(map(str, operations.MINI_BATCH_SIZES))
+        return f"the kernels' mini-batches have {sizes} tokens, not {call.mini_batch_size}"
+    if call.q.shape[-1] != operations.HEAD_DIM:
+        return f"the kernels' head dim is {operations.HEAD_DIM}, not {call.q.shape[-1]}"
     if call.dtype != jnp.bfloat16:
-        return f"the kernel computes on bfloat16, q is {call.dtype}"
-    if call.q.shape[1] < linear.MINI_BATCH_SIZE:
+        return f"the kernels compute on bfloat16, q is {call.dtype}"
+    if call.q.shape[1] < (call.mini_batch_size if call.causal else 1):
         return f"{call.q.shape[1]} tokens have no whole mini-batch"
     mesh = jax.sharding.get_abstract_mesh()
     if any(size > 1 for name, size in mesh.shape.items() if name not in mesh.manual_axes):
@@ -70,6 +70,11 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
     state = fresh_state(call.params, batch_size) if call.state is None else call.state
     lengths, parts = call.lengths, []
     start = jnp.zeros(batch_size, jnp.int32)
+    if not call.causal:
+        everything = _Part(start, lengths, -(-num_tokens // c) * c)
+        state = commit_pending(state, call.token_scale)
+        out, state = _whole_mini_batches(_call_of(call, everything, state), state)
+        return _joined([(everything, out)], num_tokens), state
     if call.state is not None:
         completing = _Part(start, jnp.minimum(-state.count % c, lengths), c)
         out, state = scan.ttt(_call_of(call, completing, state))
@@ -88,21 +93,20 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
 def _whole_mini_batches(call: Call, state: TTTState) -> tuple[jax.Array, TTTState]:
     import ttt_kernels
 
-    q, k, v = (x.astype(jnp.bfloat16) for x in (call.q, call.k, call.v))
-    w1, b1 = state.weights
-    out, *weights = ttt_kernels.ttt_linear(
-        q,
-        k,
-        v,
+    operation, block_sizes = ttt_kernels.ttt_linear, ttt_kernels.LinearBlocks
+    if isinstance(call.params, TTTMLPParams):
+        operation, block_sizes = ttt_kernels.ttt_mlp, ttt_kernels.MLPBlocks
+    out, *weights = operation(
+        *(x.astype(jnp.bfloat16) for x in (call.q, call.k, call.v)),
         call.lr,
         call.lr * call.token_scale[-1],
         call.token_scale,
-        w1,
-        b1,
+        *state.weights,
         call.params.ln_scale,
         call.params.ln_bias,
+        causal=call.causal,
         eps=call.eps,
-        blocks=ttt_kernels.LinearBlocks.for_checkpoints_every(call.remat_every),
+        blocks=block_sizes.for_checkpoints_every(call.remat_every, call.mini_batch_size),
     )
     return out.astype(call.q.dtype), state._replace(weights=tuple(weights))
 

@@ -1,0 +1,101 @@
+"""Sums over the thread blocks of a cluster, each of which holds a slice of the inner MLP's hidden units."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ttt_kernels import hopper
+
+SLICES = 4
+"""Thread blocks of a cluster: slices of 64 of the 256 hidden units."""
+
+AXIS = "slice"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Sums of `[64, columns]` float32 values over the cluster, the same bits in every block.
+
+    Each block stores its summands in every block's SMEM, which waits for all of them; when all have read them, the
+    next sums may begin.
+
+    Attributes:
+        columns: of the summands.
+        through_gmem: summands go through global memory instead: the GPU interpreter cannot reach other blocks' SMEM.
+        most: summands that are exchanged at once at most.
+    """
+
+    columns: int
+    through_gmem: bool
+    most: int = 2
+
+    def results(self, rows: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Buffers in global memory among the kernel's results."""
+        shape = (*rows, self.most, SLICES, 64, self.columns)
+        return (jax.ShapeDtypeStruct(shape, jnp.float32),) if self.through_gmem else ()
+
+    def scratch(self) -> list[Any]:
+        """What `bind` takes of the kernel's scratch."""
+        transforms = hopper.float32_columns(self.columns)
+        arrived: Any = plgpu.Barrier(num_arrivals=SLICES, num_barriers=self.most)
+        if self.through_gmem:
+            arrived = plgpu.ClusterBarrier(collective_axes=(AXIS,))
+        return [
+            plgpu.SMEM((self.most, SLICES, 64, self.columns), jnp.float32, transforms=transforms),
+            plgpu.SMEM((64, self.columns), jnp.float32, transforms=transforms),
+            arrived,
+            plgpu.ClusterBarrier(collective_axes=(AXIS,)),
+            plgpu.Barrier(),
+        ]
+
+    def bind(self, buffers: tuple[Any, ...], scratch: tuple[Any, ...]) -> Callable[..., list[jax.Array]]:
+        """What sums values over the cluster; `buffers` are `results`, at the row and head of the kernel."""
+        slots, staging, arrived, has_read, loaded = scratch
+        own = lax.axis_index(AXIS)
+        plgpu.barrier_arrive(has_read)
+
+        def store(part: int, value: jax.Array) -> None:
+            if not self.through_gmem:
+                for peer in range(SLICES):
+                    target, barrier = slots.at[part, own], arrived.at[part]
+                    plgpu.async_store_smem(
+                        value, target, barrier, cluster_idx=jnp.int32(peer), cluster_dim=AXIS, optimized=False
+                    )
+                return
+            staging[...] = value
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staging, buffers[0].at[part, own])
+            plgpu.wait_smem_to_gmem(0)
+
+        def fetch(part: int) -> None:
+            if not self.through_gmem:
+                plgpu.barrier_wait(arrived.at[part])
+                return
+            plgpu.copy_gmem_to_smem(buffers[0].at[part], slots.at[part], loaded)
+            plgpu.barrier_wait(loaded)
+
+        def sums(*values: jax.Array) -> list[jax.Array]:
+            plgpu.barrier_wait(has_read)
+            for part, value in enumerate(values):
+                store(part, value)
+            if self.through_gmem:
+                plgpu.barrier_arrive(arrived)
+                plgpu.barrier_wait(arrived)
+            found = []
+            for part in range(len(values)):
+                fetch(part)
+                summands = [hopper.load(slots.at[part, i]) for i in range(SLICES)]
+                found.append((summands[0] + summands[1]) + (summands[2] + summands[3]))
+            plgpu.barrier_arrive(has_read)
+            return found
+
+        return sums
+
+    def finish(self, scratch: tuple[Any, ...]) -> None:
+        """Before a block ends: no other may still be signalling to it."""
+        plgpu.barrier_wait(scratch[3])

@@ -1,0 +1,92 @@
+"""The inner problem on a transposed block of tokens, `[D, n]` float32 in registers: LayerNorm, its loss, and GELU.
+
+`g` is the gradient of the inner loss by the prediction, `d_x` the derivative of the outer loss by `x`.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ttt_kernels.hopper import over_rows
+
+
+def mean_over_rows(x: jax.Array) -> jax.Array:
+    """[D, n] to its mean over features, the same for each feature."""
+    return over_rows(x.sum(axis=0) * (1.0 / x.shape[0]), x.shape[0])
+
+
+def normalize(z: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """To zero mean and unit variance over features; also 1/std, [D, n]."""
+    centered = z - mean_over_rows(z)
+    rstd = lax.rsqrt((centered * centered).sum(axis=0) * (1.0 / z.shape[0]) + eps)
+    rstd = over_rows(rstd, z.shape[0])
+    return centered * rstd, rstd
+
+
+def without_projections(x: jax.Array, normalized: jax.Array) -> jax.Array:
+    """`x` without its mean and its part along `normalized`: a LayerNorm's derivative, times std."""
+    return x - mean_over_rows(x) - normalized * mean_over_rows(x * normalized)
+
+
+class InnerGradient(NamedTuple):
+    """The gradient of the inner loss by the prediction, and what its own derivative needs."""
+
+    g: jax.Array
+    normalized: jax.Array
+    rstd: jax.Array
+    error: jax.Array  # LN(prediction) - target
+
+
+def inner_gradient(z: jax.Array, target: jax.Array, gamma: jax.Array, beta: jax.Array, eps: float) -> InnerGradient:
+    """Of `1/2 sum (LN(z) - target)^2` by z; gamma and beta, the same for each token, are [D, n]."""
+    normalized, rstd = normalize(z, eps)
+    error = gamma * normalized + beta - target
+    return InnerGradient(rstd * without_projections(gamma * error, normalized), normalized, rstd, error)
+
+
+class InnerDerivatives(NamedTuple):
+    """Derivatives of the outer loss; gamma's and beta's are yet to be summed over tokens."""
+
+    d_z: jax.Array
+    d_target: jax.Array
+    d_gamma: jax.Array
+    d_beta: jax.Array
+
+
+def back_through_inner_gradient(d_g: jax.Array, inner: InnerGradient, gamma: jax.Array) -> InnerDerivatives:
+    """The second derivative of the inner loss, times `d_g`."""
+    g, normalized, rstd, error = inner
+    d_h = rstd * d_g
+    d_gy = without_projections(d_h, normalized)
+    gy = gamma * error
+    d_normalized = gamma * gamma * d_gy - d_h * mean_over_rows(gy * normalized) - gy * mean_over_rows(d_h * normalized)
+    d_z = without_projections(d_normalized, normalized) - normalized * mean_over_rows(d_g * g)
+    return InnerDerivatives(rstd * d_z, -gamma * d_gy, d_gy * (error + gamma * normalized), d_gy * gamma)
+
+
+_ROOT, _CUBIC = (2 / math.pi) ** 0.5, 0.044715
+
+
+def _tanh_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of GELU's tanh form: the tanh, and the derivative of its argument."""
+    return jnp.tanh(_ROOT * (x + _CUBIC * x * x * x)), _ROOT * (1.0 + 3 * _CUBIC * x * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form."""
+    return 0.5 * x * (1.0 + _tanh_and_slope(x)[0])
+
+
+def gelu_gradient(x: jax.Array) -> jax.Array:
+    """Its derivative."""
+    t, slope = _tanh_and_slope(x)
+    return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
+
+
+def gelu_second_derivative(x: jax.Array) -> jax.Array:
+    """The derivative of `gelu_gradient`."""
+    t, slope = _tanh_and_slope(x)
+    return (1.0 - t * t) * (slope + x * (3 * _ROOT * _CUBIC * x - t * slope * slope))

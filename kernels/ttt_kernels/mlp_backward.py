@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def backward(*a, **k):
+    raise NotImplementedError

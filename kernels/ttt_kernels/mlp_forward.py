@@ -1,0 +1,220 @@
+"""TTT-MLP, D = 64, 256 hidden units: the forward kernel; a cluster of four thread blocks walks over a row and head.
+
+Each block is one warpgroup with a slice of 64 hidden units, whose weights it keeps in registers. What every block needs
+of all units is summed over the cluster; what has no hidden units each block computes for itself.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ttt_kernels import hopper, inner
+from ttt_kernels.blocks import MLPBlocks
+from ttt_kernels.cluster import AXIS, SLICES, Exchange
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, D, load, over_columns, over_rows, product
+
+
+def forward(
+    q, k, v, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias,
+    *, causal: bool, keep: bool, eps: float, blocks: MLPBlocks, interpret,
+):  # fmt: skip
+    """Outputs and final weights, and for the backward kernel the weights at each checkpoint.
+
+    Args: those of the linear model's kernel, its weights in slices of 64 hidden units:
+        w1t: `[B, H, 4, 64, 64]` float32, transposed: (hidden, in).
+        b1: `[B, H, 4, 64]` float32.
+        w2t: `[B, H, 4, 64, 64]` float32, transposed: (out, hidden).
+        b2: `[B, H, 64]` float32.
+
+    Returns:
+        out `[B, T, H, 64]` bfloat16 and the weights at the end; where kept, the weights at each checkpoint:
+        `[B, H, N, ...]`.
+    """
+    batch_size, num_tokens, num_heads, _ = q.shape
+    c = scale.shape[0]
+    n = min(c, blocks.columns)
+    num_blocks, mini_batches = c // n, TILE // c
+    num_tiles = num_tokens // TILE
+    num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
+    stages = min(blocks.stages, num_tiles)
+    f32, bf16 = jnp.float32, jnp.bfloat16
+    rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
+    exchange = Exchange(n, blocks.through_gmem)
+    of_sums = exchange.results(rows)
+    of_weights = tuple(shape(x.shape, f32) for x in (w1t, b1, w2t, b2))
+    of_checkpoints = tuple(shape((*rows, num_checkpoints, *x.shape[2:]), f32) for x in of_weights) if keep else ()
+
+    def body(
+        q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, w1t_g, b1_g, w2t_g, b2_g, ln_scale_g, ln_bias_g,
+        out_g, w1t_end_g, b1_end_g, w2t_end_g, b2_end_g, *refs,
+    ):  # fmt: skip
+        kept_g, refs = refs[: len(of_checkpoints)], refs[len(of_checkpoints) :]
+        sums_g, refs = refs[: len(of_sums)], refs[len(of_sums) :]
+        (
+            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixing_s, out_s, ln_scale_s, ln_bias_s, w1_s, w2_s, x_s,
+            x_q_s, g1_s, g1_step_s, g2_s, g2_step_s, mixing2_s, tile_barriers, start_barrier, *of_exchange,
+        ) = refs  # fmt: skip
+        row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
+        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange)
+
+        def fetch(i, slot):
+            tokens = pl.ds(i * TILE, TILE)
+            for source, target in ((q_g, q_s), (k_g, k_s), (v_g, v_s)):
+                plgpu.copy_gmem_to_smem(source.at[row, tokens, head], target.at[slot], tile_barriers.at[slot])
+            for source, target in ((lr_read_g, lr_read_s), (lr_update_g, lr_update_s)):
+                plgpu.copy_gmem_to_smem(source.at[row, head, tokens], target.at[slot], tile_barriers.at[slot])
+
+        for slot in range(stages):
+            fetch(slot, slot)
+        starts = ((scale_g, scale_s), (ln_scale_g.at[head], ln_scale_s), (ln_bias_g.at[head], ln_bias_s))
+        for source, target in starts:
+            plgpu.copy_gmem_to_smem(source, target, start_barrier)
+        w1t, w2t = (load(ref.at[row, head, own]) for ref in (w1t_g, w2t_g))
+        b1, b2 = load(b1_g.at[row, head, own], ROWS), load(b2_g.at[row, head], ROWS)
+        plgpu.barrier_wait(start_barrier)
+        gamma, beta = (over_columns(load(ref, ROWS), n) for ref in (ln_scale_s, ln_bias_s))
+
+        def save(weights, *targets):
+            """Straight to global memory: once for many mini-batches."""
+            *of_slice, (b2, b2_target) = zip(weights, targets, strict=True)
+            for value, target in of_slice:
+                target[...] = value
+
+            @pl.when(own == 0)
+            def _():
+                b2_target[...] = b2
+
+        def block_of(m, i):
+            """Tokens of block i of the tile's mini-batch m."""
+            start = m * c + i * n
+            return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, n), n)
+
+        def over_blocks(body, carry):
+            return body(0, carry) if num_blocks == 1 else lax.fori_loop(0, num_blocks, body, carry)
+
+        def mini_batch(m, slot, weights):
+            w1t, b1, w2t, b2 = weights
+            tokens = pl.ds(pl.multiple_of(m * c, c), c)
+            q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
+            w1_s[...], w2_s[...] = w1t.astype(bf16), w2t.astype(bf16)
+            plgpu.commit_smem()
+
+            def learn(i, steps):
+                step1, step2 = steps
+                at, block = block_of(m, i), block_of(0, i)
+                k_b = k_t.at[at].T
+                z1 = product((D, n), (w1_s, k_b)) + over_columns(b1, n)
+                x_s.at[at].T[...] = inner.gelu(z1).astype(bf16)
+                plgpu.commit_smem()
+                (z2,) = sums(product((D, n), (w2_s, x_s.at[at].T)))
+                target = load(v_t.at[at].T).astype(f32) - load(k_b).astype(f32)
+                g2 = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps).g
+                lr = over_rows(load(lr_update_s.at[slot, at], COLUMNS))
+                g2_s.at[:, block][...] = g2.astype(bf16)
+                g2_step_s.at[:, block][...] = (-(g2 * lr)).astype(bf16)
+                plgpu.commit_smem()
+                g1 = product((D, n), (w2_s.T, g2_s.at[:, block])) * inner.gelu_gradient(z1)
+                g1_s.at[:, block][...] = g1.astype(bf16)
+                g1_step_s.at[:, block][...] = (-(g1 * lr)).astype(bf16)
+                return step1 + (g1 * lr).sum(axis=1), step2 + (g2 * lr).sum(axis=1)
+
+            nothing = jnp.zeros_like(b1)
+            step1, step2 = over_blocks(learn, (nothing, nothing))
+            plgpu.commit_smem()
+
+            def read(i, carry):
+                at = block_of(m, i)
+                q_b = q_t.at[at].T
+                z1 = product((D, n), (w1_s, q_b), (g1_s, mixing_s.at[tokens, at])) + over_columns(b1, n)
+                x_q_s[...] = inner.gelu(z1).astype(bf16)
+                plgpu.commit_smem()
+                attention, z2 = sums(product((TILE, n), (x_s, x_q_s)), product((D, n), (w2_s, x_q_s)))
+                is_seen = hopper.is_seen(n, c, m, i, causal=causal)
+                steps = over_columns(load(lr_read_s.at[slot], ROWS), n) * over_rows(load(scale_s.at[at], COLUMNS))
+                mixing2_s[...] = jnp.where(is_seen, -(attention + 1.0) * steps, 0.0).astype(bf16)
+                plgpu.commit_smem()
+                z2 = z2 + product((D, n), (g2_s, mixing2_s.at[tokens])) + over_columns(b2, n)
+                out = load(q_b).astype(f32) + gamma * inner.normalize(z2, eps)[0] + beta
+                out_s.at[at].T[...] = out.astype(bf16)
+                return carry
+
+            over_blocks(read, 0)
+            w1t = w1t + product((D, D), (g1_step_s, k_t.at[tokens]))
+            w2t = w2t + product((D, D), (g2_step_s, x_s.at[tokens]))
+            return w1t, b1 - step1, w2t, b2 - step2
+
+        def tile(i, weights):
+            slot = lax.rem(i, stages)
+            if keep:
+
+                @pl.when(lax.rem(i, blocks.tiles_per_checkpoint) == 0)
+                def _():
+                    w1t_g, b1_g, w2t_g, b2_g = (
+                        ref.at[row, head, lax.div(i, blocks.tiles_per_checkpoint)] for ref in kept_g
+                    )
+                    save(weights, w1t_g.at[own], b1_g.at[own], w2t_g.at[own], b2_g)
+
+            plgpu.barrier_wait(tile_barriers.at[slot])
+            q_t, k_t = q_s.at[slot], k_s.at[slot]
+            attention = product((TILE, TILE), (k_t, q_t.T))
+            steps = over_columns(load(lr_read_s.at[slot], ROWS), TILE) * over_rows(load(scale_s, COLUMNS))
+            mixing = -(attention + 1.0) * steps
+            source = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
+            reader = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
+            mixing_s[...] = (jnp.where(reader >= source, mixing, 0.0) if causal else mixing).astype(bf16)
+            plgpu.wait_smem_to_gmem(0)  # the outputs of the tile before
+            plgpu.commit_smem()
+            weights = lax.fori_loop(0, mini_batches, lambda m, weights: mini_batch(m, slot, weights), weights)
+            plgpu.commit_smem()
+
+            @pl.when(own == 0)
+            def _():
+                plgpu.copy_smem_to_gmem(out_s, out_g.at[row, pl.ds(i * TILE, TILE), head])
+
+            @pl.when(i + stages < num_tiles)
+            def _():
+                fetch(i + stages, slot)
+
+            return weights
+
+        weights = lax.fori_loop(0, num_tiles, tile, (w1t, b1, w2t, b2))
+        save(
+            weights,
+            w1t_end_g.at[row, head, own],
+            b1_end_g.at[row, head, own],
+            w2t_end_g.at[row, head, own],
+            b2_end_g.at[row, head],
+        )
+        plgpu.wait_smem_to_gmem(0)
+        exchange.finish(of_exchange)
+
+    def matrix(*shape: int) -> Any:
+        return plgpu.SMEM(shape, bf16, transforms=hopper.over_tokens(n))
+
+    tokens, operand = matrix(stages, TILE, D), matrix(D, c)
+    steps, vector = plgpu.SMEM((stages, TILE), f32), plgpu.SMEM((D,), f32)
+    results = plgpu.kernel(
+        body,
+        out_type=(shape(q.shape, bf16), *of_weights, *of_checkpoints, *of_sums),
+        grid=rows,
+        grid_names=("row", "head"),
+        cluster=(SLICES,),
+        cluster_names=(AXIS,),
+        scratch_types=[
+            *(tokens, tokens, tokens, steps, steps, plgpu.SMEM((TILE,), f32)),
+            *(matrix(TILE, TILE), matrix(TILE, D)),
+            *(vector, vector),
+            *(matrix(D, D), matrix(D, D), matrix(TILE, D), matrix(D, n)),
+            *(operand, operand, operand, operand, matrix(TILE, n)),
+            plgpu.Barrier(num_arrivals=5, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=3),
+            *exchange.scratch(),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(q, k, v, lr_read, lr_update, jnp.tile(scale, mini_batches), w1t, b1, w2t, b2, ln_scale, ln_bias)
+    return results[: len(results) - len(of_sums)]
