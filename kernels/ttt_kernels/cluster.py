@@ -27,35 +27,36 @@ class Exchange:
     Attributes:
         columns: of the summands.
         through_gmem: summands go through global memory instead: the GPU interpreter cannot reach other blocks' SMEM.
-        most: summands that are exchanged at once at most.
+        at_once: sums that wait for each other; more are made one after the other.
     """
 
     columns: int
     through_gmem: bool
-    most: int = 2
+    at_once: int = 2
+
+    @property
+    def num_results(self) -> int:
+        """How many buffers in global memory it takes."""
+        return 1 if self.through_gmem else 0
 
     def results(self, rows: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Buffers in global memory among the kernel's results."""
-        shape = (*rows, self.most, SLICES, 64, self.columns)
-        return (jax.ShapeDtypeStruct(shape, jnp.float32),) if self.through_gmem else ()
+        """Those buffers, among the kernel's results."""
+        shape = (*rows, self.at_once, SLICES, 64, self.columns)
+        return (jax.ShapeDtypeStruct(shape, jnp.float32),) * self.num_results
 
     def scratch(self) -> list[Any]:
         """What `bind` takes of the kernel's scratch."""
         transforms = hopper.float32_columns(self.columns)
-        arrived: Any = plgpu.Barrier(num_arrivals=SLICES, num_barriers=self.most)
-        if self.through_gmem:
-            arrived = plgpu.ClusterBarrier(collective_axes=(AXIS,))
-        return [
-            plgpu.SMEM((self.most, SLICES, 64, self.columns), jnp.float32, transforms=transforms),
-            plgpu.SMEM((64, self.columns), jnp.float32, transforms=transforms),
-            arrived,
-            plgpu.ClusterBarrier(collective_axes=(AXIS,)),
-            plgpu.Barrier(),
-        ]
+        everyone: Any = plgpu.ClusterBarrier(collective_axes=(AXIS,))
+        slots = plgpu.SMEM((self.at_once, SLICES, 64, self.columns), jnp.float32, transforms=transforms)
+        if not self.through_gmem:
+            return [everyone, slots, plgpu.Barrier(num_arrivals=SLICES, num_barriers=self.at_once)]
+        staging = plgpu.SMEM((64, self.columns), jnp.float32, transforms=transforms)
+        return [everyone, slots, everyone, staging, plgpu.Barrier()]
 
     def bind(self, buffers: tuple[Any, ...], scratch: tuple[Any, ...]) -> Callable[..., list[jax.Array]]:
-        """What sums values over the cluster; `buffers` are `results`, at the row and head of the kernel."""
-        slots, staging, arrived, has_read, loaded = scratch
+        """A function of values to their sums over the cluster; `buffers` are `results`, at a row and head."""
+        has_read, slots, arrived, *through_gmem = scratch
         own = lax.axis_index(AXIS)
         plgpu.barrier_arrive(has_read)
 
@@ -67,6 +68,7 @@ class Exchange:
                         value, target, barrier, cluster_idx=jnp.int32(peer), cluster_dim=AXIS, optimized=False
                     )
                 return
+            staging, _ = through_gmem
             staging[...] = value
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(staging, buffers[0].at[part, own])
@@ -76,10 +78,13 @@ class Exchange:
             if not self.through_gmem:
                 plgpu.barrier_wait(arrived.at[part])
                 return
+            _, loaded = through_gmem
             plgpu.copy_gmem_to_smem(buffers[0].at[part], slots.at[part], loaded)
             plgpu.barrier_wait(loaded)
 
         def sums(*values: jax.Array) -> list[jax.Array]:
+            if len(values) > self.at_once:
+                return [sums(value)[0] for value in values]
             plgpu.barrier_wait(has_read)
             for part, value in enumerate(values):
                 store(part, value)
@@ -98,4 +103,4 @@ class Exchange:
 
     def finish(self, scratch: tuple[Any, ...]) -> None:
         """Before a block ends: no other may still be signalling to it."""
-        plgpu.barrier_wait(scratch[3])
+        plgpu.barrier_wait(scratch[0])
