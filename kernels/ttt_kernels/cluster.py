@@ -50,23 +50,30 @@ class Exchange:
         everyone: Any = plgpu.ClusterBarrier(collective_axes=(AXIS,))
         slots = plgpu.SMEM((self.at_once, SLICES, 64, self.columns), jnp.float32, transforms=transforms)
         if not self.through_gmem:
-            return [everyone, slots, plgpu.Barrier(num_arrivals=SLICES, num_barriers=self.at_once)]
+            arrived = plgpu.Barrier(num_arrivals=SLICES, num_barriers=self.at_once)
+            return [everyone, slots, arrived]
         staging = plgpu.SMEM((64, self.columns), jnp.float32, transforms=transforms)
         return [everyone, slots, everyone, staging, plgpu.Barrier()]
 
-    def bind(self, buffers: tuple[Any, ...], scratch: tuple[Any, ...]) -> Callable[..., list[jax.Array]]:
-        """A function of values to their sums over the cluster; `buffers` are `results`, at a row and head."""
+    def bind(self, buffers: tuple[Any, ...], scratch: tuple[Any, ...], zero: Any) -> Callable[..., list[jax.Array]]:
+        """A function of values to their sums over the cluster; `buffers` are `results`, at a row and head.
+
+        `zero` holds what `hopper.hide_zero` wrote.
+        """
         has_read, slots, arrived, *through_gmem = scratch
         own = lax.axis_index(AXIS)
         plgpu.barrier_arrive(has_read)
 
         def store(part: int, value: jax.Array) -> None:
             if not self.through_gmem:
-                for peer in range(SLICES):
-                    target, barrier = slots.at[part, own], arrived.at[part]
-                    plgpu.async_store_smem(
-                        value, target, barrier, cluster_idx=jnp.int32(peer), cluster_dim=AXIS, optimized=False
-                    )
+                target, barrier = slots.at[part + zero[0], own], arrived.at[part]
+
+                def send(i, carry):
+                    peer = lax.rem(own + i, SLICES)
+                    plgpu.async_store_smem(value, target, barrier, cluster_idx=peer, cluster_dim=AXIS, optimized=False)
+                    return carry
+
+                lax.fori_loop(0, SLICES + zero[0], send, 0)
                 return
             staging, _ = through_gmem
             staging[...] = value
@@ -94,7 +101,7 @@ class Exchange:
             found = []
             for part in range(len(values)):
                 fetch(part)
-                summands = [hopper.load(slots.at[part, i]) for i in range(SLICES)]
+                summands = [hopper.load(slots.at[part + zero[0], i]) for i in range(SLICES)]
                 found.append((summands[0] + summands[1]) + (summands[2] + summands[3]))
             plgpu.barrier_arrive(has_read)
             return found

@@ -47,6 +47,14 @@ def float32_columns(columns: int) -> tuple[Any, Any]:
     return _transforms(columns, 4 * columns)
 
 
+HIDDEN_ZERO: Any = plgpu.SMEM((1,), jnp.int32)
+"""Scratch for a 0 that the compiler does not know.
+
+An address that depends on it is computed where it is needed. Of others the compiler computes hundreds before the loop
+over the tokens, and then has no registers left.
+"""
+
+
 def load(ref, layout=WGMMA):
     """SMEM to registers; a transposed view needs the slow path."""
     return plgpu.load(ref, layout=layout, optimized=False)

@@ -1,10 +1,10 @@
-"""TTT-MLP, D = 64, 256 hidden units: the backward kernel; a cluster of four thread blocks walks back over a row and head.
+"""TTT-MLP, D = 64, 256 hidden units: the backward kernel; a cluster of four blocks walks back over a row and head.
 
 From each checkpoint it first walks forward, keeping the weights at the start of each mini-batch in global memory, then
 back. Blocks have slices of the hidden units, as in the forward kernel; a mini-batch is worked on in blocks of tokens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,37 @@ from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import MLPBlocks
 from ttt_kernels.cluster import AXIS, SLICES, Exchange
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
+
+
+class _Matrices(NamedTuple):
+    """Matrices in SMEM, bfloat16 but for two; where not said otherwise, rows are tokens."""
+
+    q: Any  # [TILE, 64]
+    k: Any
+    v: Any
+    d_out: Any
+    d_k: Any
+    d_w1: Any  # [64, 64] float32, rows are outputs
+    d_w2: Any
+    w1: Any  # [64, 64], rows are outputs
+    w2: Any
+    d_w1_operand: Any
+    d_w2_operand: Any
+    x: Any  # [TILE, 64], the hidden layer
+    g1: Any
+    g2: Any
+    x_q: Any  # [C, 64], of readers
+    d_z1_q: Any
+    d_z2_q: Any
+    g1_step: Any  # [columns, 64]
+    g2_step: Any
+    d_u: Any
+    d_z1: Any
+    d_z2: Any
+    mixing1: Any  # [TILE, C]: (source, reader)
+    mixing2: Any
+    d_attention1: Any
+    d_attention2: Any
 
 
 def backward(
@@ -49,14 +80,18 @@ def backward(
     ):  # fmt: skip
         sums_g, refs = refs[: exchange.num_results], refs[exchange.num_results :]
         (
-            q_s, k_s, v_s, d_out_s, d_k_s, lr_read_s, lr_update_s, scale_s, d_lr_read_s, d_lr_update_s, d_scale_s,
-            ln_scale_s, ln_bias_s, w1_s, w2_s, d_w1_s, d_w2_s, d_w1_operand_s, d_w2_operand_s, x_s, g1_s, g2_s, x_q_s,
-            d_z1_q_s, d_z2_q_s, g1_step_s, g2_step_s, d_u_s, d_z1_s, d_z2_s, mixing1_s, mixing2_s, d_attention1_s,
-            d_attention2_s, start_barrier, recompute_barrier, tile_barrier, *of_exchange,
+            lr_read_s, lr_update_s, scale_s, d_lr_read_s, d_lr_update_s, d_scale_s,
+            ln_scale_s, ln_bias_s, zero_s, start_barrier, recompute_barrier, tile_barrier, *rest,
         ) = refs  # fmt: skip
+        of_matrices, of_exchange = rest[: len(_Matrices._fields)], rest[len(_Matrices._fields) :]
+        zero_s[0] = jnp.int32(0)
+
+        def matrices() -> _Matrices:
+            return _Matrices(*(ref.at[zero_s[0]] for ref in of_matrices))
+
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
         at_own = (row, head, own)
-        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange)
+        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero_s)
 
         def fetch(barrier, *copies):
             for source, target in copies:
@@ -70,7 +105,8 @@ def backward(
             plgpu.wait_smem_to_gmem(0)
 
         fetch(start_barrier, (scale_g, scale_s), (ln_scale_g.at[head], ln_scale_s), (ln_bias_g.at[head], ln_bias_s))
-        d_w1_s[...], d_w2_s[...] = load(d_w1t_end_g.at[at_own]), load(d_w2t_end_g.at[at_own])
+        s = matrices()
+        s.d_w1[...], s.d_w2[...] = load(d_w1t_end_g.at[at_own]), load(d_w2t_end_g.at[at_own])
         gamma, beta = (over_columns(load(ref, ROWS), n) for ref in (ln_scale_s, ln_bias_s))
 
         def block_of(m, i):
@@ -81,55 +117,58 @@ def backward(
         def over_blocks(body, carry):
             return body(0, carry) if num_blocks == 1 else lax.fori_loop(0, num_blocks, body, carry)
 
-        def read_keys(at, b1, b2):
+        def read_keys(s, at, b1, b2):
             """The inner gradients of a block, under the weights in SMEM: of layer 2, then what layer 1 has."""
-            k_b = k_s.at[at].T
-            z1 = product((D, n), (w1_s, k_b)) + over_columns(b1, n)
-            x_s.at[at].T[...] = inner.gelu(z1).astype(bf16)
+            k_b = s.k.at[at].T
+            z1 = product((D, n), (s.w1, k_b)) + over_columns(b1, n)
+            s.x.at[at].T[...] = inner.gelu(z1).astype(bf16)
             plgpu.commit_smem()
-            (z2,) = sums(product((D, n), (w2_s, x_s.at[at].T)))
-            target = load(v_s.at[at].T).astype(f32) - load(k_b).astype(f32)
+            (z2,) = sums(product((D, n), (s.w2, s.x.at[at].T)))
+            target = load(s.v.at[at].T).astype(f32) - load(k_b).astype(f32)
             keys = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps)
-            g2_s.at[at].T[...] = keys.g.astype(bf16)
+            s.g2.at[at].T[...] = keys.g.astype(bf16)
             plgpu.commit_smem()
-            d_x = product((D, n), (w2_s.T, g2_s.at[at].T))
+            d_x = product((D, n), (s.w2.T, s.g2.at[at].T))
             g1 = d_x * inner.gelu_gradient(z1)
-            g1_s.at[at].T[...] = g1.astype(bf16)
+            s.g1.at[at].T[...] = g1.astype(bf16)
             return keys, z1, d_x, g1
 
-        def write_steps(at, g1, g2):
+        def write_steps(s, at, g1, g2):
             lr = over_rows(load(lr_update_s.at[at], COLUMNS))
-            g1_step_s.T[...] = (-(g1 * lr)).astype(bf16)
-            g2_step_s.T[...] = (-(g2 * lr)).astype(bf16)
+            s.g1_step.T[...] = (-(g1 * lr)).astype(bf16)
+            s.g2_step.T[...] = (-(g2 * lr)).astype(bf16)
             return lr
 
         def recompute(first, j, weights):
             """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
+            s = matrices()
             tokens = pl.ds((first + j) * TILE, TILE)
             fetch(
                 recompute_barrier,
-                (k_g.at[row, tokens, head], k_s),
-                (v_g.at[row, tokens, head], v_s),
+                (k_g.at[row, tokens, head], s.k),
+                (v_g.at[row, tokens, head], s.v),
                 (lr_update_g.at[row, head, tokens], lr_update_s),
             )
 
             def mini_batch(m, weights):
                 w1t, b1, w2t, b2 = weights
-                kept = at_own + (j * mini_batches + m,)
+                s = matrices()
+                kept = (*at_own, j * mini_batches + m)
                 w1, w2 = w1t.astype(bf16), w2t.astype(bf16)
                 weights_g.at[*kept, 0][...], weights_g.at[*kept, 1][...] = w1, w2
                 biases_g.at[*kept, 0][...], biases_g.at[*kept, 1][...] = b1, b2
-                w1_s[...], w2_s[...] = w1, w2
+                s.w1[...], s.w2[...] = w1, w2
                 plgpu.commit_smem()
 
                 def update(i, weights):
                     w1t, step1, w2t, step2 = weights
+                    s = matrices()
                     at = block_of(m, i)
-                    keys, _, _, g1 = read_keys(at, b1, b2)
-                    lr = write_steps(at, g1, keys.g)
+                    keys, _, _, g1 = read_keys(s, at, b1, b2)
+                    lr = write_steps(s, at, g1, keys.g)
                     plgpu.commit_smem()
-                    w1t = w1t + product((D, D), (g1_step_s.T, k_s.at[at]))
-                    w2t = w2t + product((D, D), (g2_step_s.T, x_s.at[at]))
+                    w1t = w1t + product((D, D), (s.g1_step.T, s.k.at[at]))
+                    w2t = w2t + product((D, D), (s.g2_step.T, s.x.at[at]))
                     return w1t, step1 + (g1 * lr).sum(axis=1), w2t, step2 + (keys.g * lr).sum(axis=1)
 
                 nothing = jnp.zeros_like(b1)
@@ -141,56 +180,58 @@ def backward(
             return weights
 
         def mini_batch(m, j, d_b1, d_b2, d_gamma, d_beta, d_lr_read):
-            tokens, kept = pl.ds(pl.multiple_of(m * c, c), c), at_own + (j * mini_batches + m,)
-            w1_s[...], w2_s[...] = load(weights_g.at[*kept, 0]), load(weights_g.at[*kept, 1])
+            s = matrices()
+            tokens, kept = pl.ds(pl.multiple_of(m * c, c), c), (*at_own, j * mini_batches + m)
+            s.w1[...], s.w2[...] = load(weights_g.at[*kept, 0]), load(weights_g.at[*kept, 1])
             b1, b2 = (load(biases_g.at[*kept, i], ROWS) for i in range(2))
-            d_w1_operand_s[...], d_w2_operand_s[...] = load(d_w1_s).astype(bf16), load(d_w2_s).astype(bf16)
+            s.d_w1_operand[...], s.d_w2_operand[...] = load(s.d_w1).astype(bf16), load(s.d_w2).astype(bf16)
             plgpu.commit_smem()
             lr_read = over_columns(load(lr_read_s, ROWS), n)
             if num_blocks == 1:
-                read = read_keys(block_of(m, 0), b1, b2)
+                read = read_keys(s, block_of(m, 0), b1, b2)
             else:
                 read = None
-                lax.fori_loop(0, num_blocks, lambda i, _: read_keys(block_of(m, i), b1, b2) and None, None)
+                lax.fori_loop(0, num_blocks, lambda i, _: read_keys(matrices(), block_of(m, i), b1, b2) and None, None)
             plgpu.commit_smem()
 
             def back_through_reading(i, carry):
                 d_b1, d_b2, d_gamma, d_beta, d_lr_read = carry
+                s = matrices()
                 at, block = block_of(m, i), block_of(0, i)
-                q_b, x_q, d_z1_q, d_z2_q = q_s.at[at].T, x_q_s.at[block].T, d_z1_q_s.at[block].T, d_z2_q_s.at[block].T
+                q_b, x_q, d_z1_q, d_z2_q = s.q.at[at].T, s.x_q.at[block].T, s.d_z1_q.at[block].T, s.d_z2_q.at[block].T
                 is_seen = hopper.is_seen(n, c, m, i, causal=causal)
                 by_reader = over_rows(load(scale_s.at[block], COLUMNS))
                 # The forward pass again.
-                attention1 = jnp.where(is_seen, product((TILE, n), (k_s, q_b)) + 1.0, 0.0)
-                mixing1_s.at[:, block][...] = (-attention1 * by_reader * lr_read).astype(bf16)
+                attention1 = jnp.where(is_seen, product((TILE, n), (s.k, q_b)) + 1.0, 0.0)
+                s.mixing1.at[:, block][...] = (-attention1 * by_reader * lr_read).astype(bf16)
                 plgpu.commit_smem()
-                z1 = product((D, n), (w1_s, q_b), (g1_s.at[tokens].T, mixing1_s.at[tokens, block]))
+                z1 = product((D, n), (s.w1, q_b), (s.g1.at[tokens].T, s.mixing1.at[tokens, block]))
                 z1 = z1 + over_columns(b1, n)
                 x_q[...] = inner.gelu(z1).astype(bf16)
                 plgpu.commit_smem()
-                attention2, z2 = sums(product((TILE, n), (x_s, x_q)), product((D, n), (w2_s, x_q)))
+                attention2, z2 = sums(product((TILE, n), (s.x, x_q)), product((D, n), (s.w2, x_q)))
                 attention2 = jnp.where(is_seen, attention2 + 1.0, 0.0)
-                mixing2_s.at[:, block][...] = (-attention2 * by_reader * lr_read).astype(bf16)
+                s.mixing2.at[:, block][...] = (-attention2 * by_reader * lr_read).astype(bf16)
                 plgpu.commit_smem()
-                z2 = z2 + product((D, n), (g2_s.at[tokens].T, mixing2_s.at[tokens, block])) + over_columns(b2, n)
+                z2 = z2 + product((D, n), (s.g2.at[tokens].T, s.mixing2.at[tokens, block])) + over_columns(b2, n)
                 # Back through layer 2.
-                d_out = load(d_out_s.at[at].T).astype(f32)
+                d_out = load(s.d_out.at[at].T).astype(f32)
                 normalized, rstd = inner.normalize(z2, eps)
                 d_gamma = d_gamma + (d_out * normalized).sum(axis=1)
                 d_beta = d_beta + d_out.sum(axis=1)
                 d_z2 = rstd * inner.without_projections(d_out * gamma, normalized)
                 d_z2_q[...] = d_z2.astype(bf16)
                 plgpu.commit_smem()
-                d_mixing2 = jnp.where(is_seen, -product((TILE, n), (g2_s, d_z2_q)), 0.0)
-                d_attention2_s.at[:, block][...] = (d_mixing2 * by_reader * lr_read).astype(bf16)
+                d_mixing2 = jnp.where(is_seen, -product((TILE, n), (s.g2, d_z2_q)), 0.0)
+                s.d_attention2.at[:, block][...] = (d_mixing2 * by_reader * lr_read).astype(bf16)
                 plgpu.commit_smem()
                 # Back through layer 1.
-                d_x = product((D, n), (w2_s.T, d_z2_q), (x_s.at[tokens].T, d_attention2_s.at[tokens, block]))
+                d_x = product((D, n), (s.w2.T, d_z2_q), (s.x.at[tokens].T, s.d_attention2.at[tokens, block]))
                 d_z1 = d_x * inner.gelu_gradient(z1)
                 d_z1_q[...] = d_z1.astype(bf16)
                 plgpu.commit_smem()
-                d_mixing1 = jnp.where(is_seen, -product((TILE, n), (g1_s, d_z1_q)), 0.0)
-                d_attention1_s.at[:, block][...] = (d_mixing1 * by_reader * lr_read).astype(bf16)
+                d_mixing1 = jnp.where(is_seen, -product((TILE, n), (s.g1, d_z1_q)), 0.0)
+                s.d_attention1.at[:, block][...] = (d_mixing1 * by_reader * lr_read).astype(bf16)
                 # Each slice has its part of layer 1's, and a share of layer 2's, which all have.
                 d_steps = d_mixing1 * attention1 + d_mixing2 * attention2 * (1.0 / SLICES)
                 d_lr_read = d_lr_read + (d_steps * by_reader).sum(axis=1)
@@ -202,67 +243,69 @@ def backward(
 
             def back_through_update(i, carry):
                 next_d_b1, next_d_b2, d_gamma, d_beta = carry
+                s = matrices()
                 at, block = block_of(m, i), block_of(0, i)
-                keys, z1, d_x, g1 = read_keys(at, b1, b2) if read is None else read
-                k_b, q_t, k_t = k_s.at[at].T, q_s.at[tokens].T, k_s.at[tokens].T
+                keys, z1, d_x, g1 = read_keys(s, at, b1, b2) if read is None else read
+                k_b, q_t, k_t = s.k.at[at].T, s.q.at[tokens].T, s.k.at[tokens].T
                 slope = inner.gelu_gradient(z1)
-                lr = write_steps(at, g1, keys.g)
+                lr = write_steps(s, at, g1, keys.g)
                 # Back through the step of layer 1 and its inner gradient.
-                d_step1 = product((D, n), (d_w1_operand_s, k_b)) + over_columns(d_b1, n)
-                d_g1 = product((D, n), (d_z1_q_s.T, mixing1_s.at[at].T)) - d_step1 * lr
-                d_u_s.T[...] = (d_g1 * slope).astype(bf16)
+                d_step1 = product((D, n), (s.d_w1_operand, k_b)) + over_columns(d_b1, n)
+                d_g1 = product((D, n), (s.d_z1_q.T, s.mixing1.at[at].T)) - d_step1 * lr
+                s.d_u.T[...] = (d_g1 * slope).astype(bf16)
                 plgpu.commit_smem()
                 # Back through the step of layer 2 and its inner gradient.
-                d_step2, d_g2 = sums(product((D, n), (d_w2_operand_s, x_s.at[at].T)), product((D, n), (w2_s, d_u_s.T)))
+                d_step2, d_g2 = sums(product((D, n), (s.d_w2_operand, s.x.at[at].T)), product((D, n), (s.w2, s.d_u.T)))
                 d_step2 = d_step2 + over_columns(d_b2, n)
                 d_lr = (g1 * d_step1).sum(axis=0) + (keys.g * d_step2).sum(axis=0) * (1.0 / SLICES)
                 d_lr_update_s.at[at][...] = -d_lr
-                d_g2 = d_g2 + product((D, n), (d_z2_q_s.T, mixing2_s.at[at].T)) - d_step2 * lr
+                d_g2 = d_g2 + product((D, n), (s.d_z2_q.T, s.mixing2.at[at].T)) - d_step2 * lr
                 d = inner.back_through_inner_gradient(d_g2, keys, gamma)
                 d_gamma, d_beta = d_gamma + d.d_gamma.sum(axis=1), d_beta + d.d_beta.sum(axis=1)
-                d_z2_s.T[...] = d.d_z.astype(bf16)
+                s.d_z2.T[...] = d.d_z.astype(bf16)
                 plgpu.commit_smem()
                 # Back through the layers.
                 d_z1 = slope * product(
                     (D, n),
-                    (w2_s.T, d_z2_s.T),
-                    (d_w2_operand_s.T, g2_step_s.T),
-                    (x_q_s.T, d_attention2_s.at[at].T),
+                    (s.w2.T, s.d_z2.T),
+                    (s.d_w2_operand.T, s.g2_step.T),
+                    (s.x_q.T, s.d_attention2.at[at].T),
                 )
                 d_z1 = d_z1 + d_g1 * d_x * inner.gelu_second_derivative(z1)
-                d_z1_s.T[...] = d_z1.astype(bf16)
+                s.d_z1.T[...] = d_z1.astype(bf16)
                 plgpu.commit_smem()
                 # Back to the tokens and the weights.
                 d_k, d_q = sums(
                     product(
                         (D, n),
-                        (q_t, d_attention1_s.at[at].T),
-                        (d_w1_operand_s.T, g1_step_s.T),
-                        (w1_s.T, d_z1_s.T),
+                        (q_t, s.d_attention1.at[at].T),
+                        (s.d_w1_operand.T, s.g1_step.T),
+                        (s.w1.T, s.d_z1.T),
                     ),
-                    product((D, n), (w1_s.T, d_z1_q_s.at[block].T), (k_t, d_attention1_s.at[tokens, block])),
+                    product((D, n), (s.w1.T, s.d_z1_q.at[block].T), (k_t, s.d_attention1.at[tokens, block])),
                 )
-                d_out_s.at[at].T[...] = (load(d_out_s.at[at].T).astype(f32) + d_q).astype(bf16)
-                d_k_s.at[at].T[...] = (d_k - d.d_target).astype(bf16)
-                v_s.at[at].T[...] = d.d_target.astype(bf16)
-                d_w1_s[...] = load(d_w1_s) + product((D, D), (d_z1_s.T, k_s.at[at]))
-                d_w2_s[...] = load(d_w2_s) + product((D, D), (d_z2_s.T, x_s.at[at]), (g2_s.at[at].T, d_u_s))
+                s.d_out.at[at].T[...] = (load(s.d_out.at[at].T).astype(f32) + d_q).astype(bf16)
+                s.d_k.at[at].T[...] = (d_k - d.d_target).astype(bf16)
+                s.v.at[at].T[...] = d.d_target.astype(bf16)
+                s.d_w1[...] = load(s.d_w1) + product((D, D), (s.d_z1.T, s.k.at[at]))
+                s.d_w2[...] = load(s.d_w2) + product((D, D), (s.d_z2.T, s.x.at[at]), (s.g2.at[at].T, s.d_u))
                 return next_d_b1 + d_z1.sum(axis=1), next_d_b2 + d.d_z.sum(axis=1), d_gamma, d_beta
 
             carry = over_blocks(back_through_update, tuple(carry))
-            d_w1_s[...] = load(d_w1_s) + product((D, D), (d_z1_q_s.T, q_s.at[tokens]))
-            d_w2_s[...] = load(d_w2_s) + product((D, D), (d_z2_q_s.T, x_q_s))
+            s.d_w1[...] = load(s.d_w1) + product((D, D), (s.d_z1_q.T, s.q.at[tokens]))
+            s.d_w2[...] = load(s.d_w2) + product((D, D), (s.d_z2_q.T, s.x_q))
             return *carry, d_lr_read
 
         def tile(first, j, carry):
             """Back over tile `first + j`."""
+            s = matrices()
             tokens = pl.ds((first + j) * TILE, TILE)
             fetch(
                 tile_barrier,
-                (q_g.at[row, tokens, head], q_s),
-                (k_g.at[row, tokens, head], k_s),
-                (v_g.at[row, tokens, head], v_s),
-                (d_out_g.at[row, tokens, head], d_out_s),
+                (q_g.at[row, tokens, head], s.q),
+                (k_g.at[row, tokens, head], s.k),
+                (v_g.at[row, tokens, head], s.v),
+                (d_out_g.at[row, tokens, head], s.d_out),
                 (lr_read_g.at[row, head, tokens], lr_read_s),
                 (lr_update_g.at[row, head, tokens], lr_update_s),
             )
@@ -277,9 +320,9 @@ def backward(
 
             @pl.when(own == 0)
             def _():
-                plgpu.copy_smem_to_gmem(d_out_s, d_q_g.at[row, tokens, head])
-                plgpu.copy_smem_to_gmem(d_k_s, d_k_g.at[row, tokens, head])
-                plgpu.copy_smem_to_gmem(v_s, d_v_g.at[row, tokens, head])
+                plgpu.copy_smem_to_gmem(s.d_out, d_q_g.at[row, tokens, head])
+                plgpu.copy_smem_to_gmem(s.d_k, d_k_g.at[row, tokens, head])
+                plgpu.copy_smem_to_gmem(s.v, d_v_g.at[row, tokens, head])
 
             save(
                 (d_lr_read_s, d_lr_read_g.at[*at_own, tokens]),
@@ -304,7 +347,8 @@ def backward(
         d_b1, d_b2 = load(d_b1_end_g.at[at_own], ROWS), load(d_b2_end_g.at[row, head], ROWS)
         nothing = jnp.zeros_like(d_b1)
         d_b1, d_b2, d_gamma, d_beta = lax.fori_loop(0, num_groups, group, (d_b1, d_b2, nothing, nothing))
-        d_w1t_g.at[at_own][...], d_w2t_g.at[at_own][...] = load(d_w1_s), load(d_w2_s)
+        s = matrices()
+        d_w1t_g.at[at_own][...], d_w2t_g.at[at_own][...] = load(s.d_w1), load(s.d_w2)
         d_b1_g.at[at_own][...] = d_b1
 
         @pl.when(own == 0)
@@ -340,16 +384,16 @@ def backward(
         cluster=(SLICES,),
         cluster_names=(AXIS,),
         scratch_types=[
-            *(matrix(TILE, D),) * 5,
             *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps, vector, vector),
-            *(matrix(D, D),) * 2,
-            *(plgpu.SMEM((D, D), f32, transforms=hopper.FLOAT32),) * 2,
-            *(matrix(D, D),) * 2,
-            *(matrix(TILE, D),) * 3,
-            *(matrix(c, D),) * 3,
-            *(matrix(n, D),) * 5,
-            *(matrix(TILE, c),) * 4,
+            hopper.HIDDEN_ZERO,
             *(plgpu.Barrier(num_arrivals=arrivals) for arrivals in (3, 3, 6)),
+            *(matrix(1, TILE, D),) * 5,
+            *(plgpu.SMEM((1, D, D), f32, transforms=hopper.FLOAT32),) * 2,
+            *(matrix(1, D, D),) * 4,
+            *(matrix(1, TILE, D),) * 3,
+            *(matrix(1, c, D),) * 3,
+            *(matrix(1, n, D),) * 5,
+            *(matrix(1, TILE, c),) * 4,
             *exchange.scratch(),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),

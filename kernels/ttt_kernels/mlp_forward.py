@@ -4,7 +4,7 @@ Each block is one warpgroup with a slice of 64 hidden units, whose weights it ke
 of all units is summed over the cluster; what has no hidden units each block computes for itself.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,22 @@ from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import MLPBlocks
 from ttt_kernels.cluster import AXIS, SLICES, Exchange
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, D, load, over_columns, over_rows, product
+
+
+class _Matrices(NamedTuple):
+    """Operands in SMEM, bfloat16."""
+
+    mixing: Any  # [TILE, TILE]: (source, reader), minus the steps that readers take along gradients of layer 1
+    out: Any  # [TILE, 64]
+    w1: Any  # [64, 64], rows are outputs
+    w2: Any
+    x: Any  # [TILE, 64], the hidden layer
+    x_q: Any  # [64, columns], that of readers
+    g1: Any  # [64, C], gradients by the layers' outputs, and times minus the step size
+    g1_step: Any
+    g2: Any
+    g2_step: Any
+    mixing2: Any  # [TILE, columns], of layer 2
 
 
 def forward(
@@ -55,11 +71,17 @@ def forward(
         kept_g, refs = refs[: len(of_checkpoints)], refs[len(of_checkpoints) :]
         sums_g, refs = refs[: len(of_sums)], refs[len(of_sums) :]
         (
-            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixing_s, out_s, ln_scale_s, ln_bias_s, w1_s, w2_s, x_s,
-            x_q_s, g1_s, g1_step_s, g2_s, g2_step_s, mixing2_s, tile_barriers, start_barrier, *of_exchange,
+            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, ln_scale_s, ln_bias_s, zero_s, tile_barriers, start_barrier,
+            *rest,
         ) = refs  # fmt: skip
+        of_matrices, of_exchange = rest[: len(_Matrices._fields)], rest[len(_Matrices._fields) :]
+        zero_s[0] = jnp.int32(0)
+
+        def matrices() -> _Matrices:
+            return _Matrices(*(ref.at[zero_s[0]] for ref in of_matrices))
+
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
-        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange)
+        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero_s)
 
         def fetch(i, slot):
             tokens = pl.ds(i * TILE, TILE)
@@ -98,28 +120,30 @@ def forward(
 
         def mini_batch(m, slot, weights):
             w1t, b1, w2t, b2 = weights
+            s = matrices()
             tokens = pl.ds(pl.multiple_of(m * c, c), c)
             q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
-            w1_s[...], w2_s[...] = w1t.astype(bf16), w2t.astype(bf16)
+            s.w1[...], s.w2[...] = w1t.astype(bf16), w2t.astype(bf16)
             plgpu.commit_smem()
 
             def learn(i, steps):
                 step1, step2 = steps
+                s = matrices()
                 at, block = block_of(m, i), block_of(0, i)
                 k_b = k_t.at[at].T
-                z1 = product((D, n), (w1_s, k_b)) + over_columns(b1, n)
-                x_s.at[at].T[...] = inner.gelu(z1).astype(bf16)
+                z1 = product((D, n), (s.w1, k_b)) + over_columns(b1, n)
+                s.x.at[at].T[...] = inner.gelu(z1).astype(bf16)
                 plgpu.commit_smem()
-                (z2,) = sums(product((D, n), (w2_s, x_s.at[at].T)))
+                (z2,) = sums(product((D, n), (s.w2, s.x.at[at].T)))
                 target = load(v_t.at[at].T).astype(f32) - load(k_b).astype(f32)
                 g2 = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps).g
                 lr = over_rows(load(lr_update_s.at[slot, at], COLUMNS))
-                g2_s.at[:, block][...] = g2.astype(bf16)
-                g2_step_s.at[:, block][...] = (-(g2 * lr)).astype(bf16)
+                s.g2.at[:, block][...] = g2.astype(bf16)
+                s.g2_step.at[:, block][...] = (-(g2 * lr)).astype(bf16)
                 plgpu.commit_smem()
-                g1 = product((D, n), (w2_s.T, g2_s.at[:, block])) * inner.gelu_gradient(z1)
-                g1_s.at[:, block][...] = g1.astype(bf16)
-                g1_step_s.at[:, block][...] = (-(g1 * lr)).astype(bf16)
+                g1 = product((D, n), (s.w2.T, s.g2.at[:, block])) * inner.gelu_gradient(z1)
+                s.g1.at[:, block][...] = g1.astype(bf16)
+                s.g1_step.at[:, block][...] = (-(g1 * lr)).astype(bf16)
                 return step1 + (g1 * lr).sum(axis=1), step2 + (g2 * lr).sum(axis=1)
 
             nothing = jnp.zeros_like(b1)
@@ -127,24 +151,26 @@ def forward(
             plgpu.commit_smem()
 
             def read(i, carry):
+                s = matrices()
                 at = block_of(m, i)
                 q_b = q_t.at[at].T
-                z1 = product((D, n), (w1_s, q_b), (g1_s, mixing_s.at[tokens, at])) + over_columns(b1, n)
-                x_q_s[...] = inner.gelu(z1).astype(bf16)
+                z1 = product((D, n), (s.w1, q_b), (s.g1, s.mixing.at[tokens, at])) + over_columns(b1, n)
+                s.x_q[...] = inner.gelu(z1).astype(bf16)
                 plgpu.commit_smem()
-                attention, z2 = sums(product((TILE, n), (x_s, x_q_s)), product((D, n), (w2_s, x_q_s)))
+                attention, z2 = sums(product((TILE, n), (s.x, s.x_q)), product((D, n), (s.w2, s.x_q)))
                 is_seen = hopper.is_seen(n, c, m, i, causal=causal)
                 steps = over_columns(load(lr_read_s.at[slot], ROWS), n) * over_rows(load(scale_s.at[at], COLUMNS))
-                mixing2_s[...] = jnp.where(is_seen, -(attention + 1.0) * steps, 0.0).astype(bf16)
+                s.mixing2[...] = jnp.where(is_seen, -(attention + 1.0) * steps, 0.0).astype(bf16)
                 plgpu.commit_smem()
-                z2 = z2 + product((D, n), (g2_s, mixing2_s.at[tokens])) + over_columns(b2, n)
+                z2 = z2 + product((D, n), (s.g2, s.mixing2.at[tokens])) + over_columns(b2, n)
                 out = load(q_b).astype(f32) + gamma * inner.normalize(z2, eps)[0] + beta
-                out_s.at[at].T[...] = out.astype(bf16)
+                s.out.at[at].T[...] = out.astype(bf16)
                 return carry
 
             over_blocks(read, 0)
-            w1t = w1t + product((D, D), (g1_step_s, k_t.at[tokens]))
-            w2t = w2t + product((D, D), (g2_step_s, x_s.at[tokens]))
+            s = matrices()
+            w1t = w1t + product((D, D), (s.g1_step, k_t.at[tokens]))
+            w2t = w2t + product((D, D), (s.g2_step, s.x.at[tokens]))
             return w1t, b1 - step1, w2t, b2 - step2
 
         def tile(i, weights):
@@ -160,12 +186,19 @@ def forward(
 
             plgpu.barrier_wait(tile_barriers.at[slot])
             q_t, k_t = q_s.at[slot], k_s.at[slot]
-            attention = product((TILE, TILE), (k_t, q_t.T))
-            steps = over_columns(load(lr_read_s.at[slot], ROWS), TILE) * over_rows(load(scale_s, COLUMNS))
-            mixing = -(attention + 1.0) * steps
-            source = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
-            reader = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
-            mixing_s[...] = (jnp.where(reader >= source, mixing, 0.0) if causal else mixing).astype(bf16)
+
+            def mix(i, carry):
+                s = matrices()
+                at = block_of(0, i)
+                attention = product((TILE, n), (k_t, q_t.at[at].T))
+                steps = over_columns(load(lr_read_s.at[slot], ROWS), n) * over_rows(load(scale_s.at[at], COLUMNS))
+                mixing = -(attention + 1.0) * steps
+                source = plgpu.broadcasted_iota(jnp.int32, (TILE, n), 0, layout=WGMMA)
+                reader = plgpu.broadcasted_iota(jnp.int32, (TILE, n), 1, layout=WGMMA) + i * n
+                s.mixing.at[:, at][...] = (jnp.where(reader >= source, mixing, 0.0) if causal else mixing).astype(bf16)
+                return carry
+
+            lax.fori_loop(0, TILE // n, mix, 0)
             plgpu.wait_smem_to_gmem(0)  # the outputs of the tile before
             plgpu.commit_smem()
             weights = lax.fori_loop(0, mini_batches, lambda m, weights: mini_batch(m, slot, weights), weights)
@@ -173,7 +206,7 @@ def forward(
 
             @pl.when(own == 0)
             def _():
-                plgpu.copy_smem_to_gmem(out_s, out_g.at[row, pl.ds(i * TILE, TILE), head])
+                plgpu.copy_smem_to_gmem(matrices().out, out_g.at[row, pl.ds(i * TILE, TILE), head])
 
             @pl.when(i + stages < num_tiles)
             def _():
@@ -195,7 +228,7 @@ def forward(
     def matrix(*shape: int) -> Any:
         return plgpu.SMEM(shape, bf16, transforms=hopper.over_tokens(n))
 
-    tokens, operand = matrix(stages, TILE, D), matrix(D, c)
+    tokens, operand = matrix(stages, TILE, D), matrix(1, D, c)
     steps, vector = plgpu.SMEM((stages, TILE), f32), plgpu.SMEM((D,), f32)
     results = plgpu.kernel(
         body,
@@ -206,12 +239,11 @@ def forward(
         cluster_names=(AXIS,),
         scratch_types=[
             *(tokens, tokens, tokens, steps, steps, plgpu.SMEM((TILE,), f32)),
-            *(matrix(TILE, TILE), matrix(TILE, D)),
-            *(vector, vector),
-            *(matrix(D, D), matrix(D, D), matrix(TILE, D), matrix(D, n)),
-            *(operand, operand, operand, operand, matrix(TILE, n)),
+            *(vector, vector, hopper.HIDDEN_ZERO),
             plgpu.Barrier(num_arrivals=5, num_barriers=stages),
             plgpu.Barrier(num_arrivals=3),
+            *(matrix(1, TILE, TILE), matrix(1, TILE, D), matrix(1, D, D), matrix(1, D, D), matrix(1, TILE, D)),
+            *(matrix(1, D, n), operand, operand, operand, operand, matrix(1, TILE, n)),
             *exchange.scratch(),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
