@@ -12,7 +12,7 @@ class LinearBlocks:
     Attributes:
         stages: tiles of tokens on their way at once in the forward kernel.
         tiles_per_checkpoint: tiles of 64 tokens between two checkpoints of the weights. Of each mini-batch between
-            them the backward kernel keeps the weights, 8 KiB, beside 140 KiB of other things.
+            them the backward kernel keeps the weights, 8 KiB, beside 140 KiB (C = 16) or 180 KiB (C = 64) of others.
         columns: tokens of a mini-batch that the backward kernel has in registers at once.
         register_operands: left operands go from registers into the forward kernel's products, not through SMEM.
         fused_update: the update of the weights accumulates onto them inside of the forward kernel's product.
@@ -29,9 +29,10 @@ class LinearBlocks:
         return dataclasses.replace(self, register_operands=False, fused_update=False)
 
     @classmethod
-    def for_checkpoints_every(cls, mini_batches: int, mini_batch_size: int) -> "LinearBlocks":
-        """As many tiles between checkpoints as `mini_batches` fill, as far as SMEM holds the weights of each."""
-        return cls(tiles_per_checkpoint=_tiles(mini_batches, mini_batch_size, at_most=8))
+    def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int) -> "LinearBlocks":
+        """For a call: as many tiles between checkpoints as wanted, if SMEM holds the weights of each mini-batch."""
+        at_most = 8 if mini_batch_size == 16 else 5
+        return cls(tiles_per_checkpoint=_tiles(mini_batches_per_checkpoint, mini_batch_size, at_most=at_most))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +42,26 @@ class MLPBlocks:
     Attributes:
         stages: tiles of tokens on their way at once in the forward kernel.
         tiles_per_checkpoint: tiles of 64 tokens between two checkpoints of the weights. Of each mini-batch between
-            them each block of the backward kernel keeps the weights, 16 KiB.
+            them the backward kernel keeps the weights, 64 KiB of global memory for each row and head.
         columns: tokens of a mini-batch in registers at once.
-        through_gmem: sums over a cluster go through global memory: all that the GPU interpreter can do.
+        interpreted: sums over a cluster go through global memory, since the GPU interpreter has no other way, and
+            addresses are known when compiled, which costs it less.
     """
 
     stages: int = 2
-    tiles_per_checkpoint: int = 1
+    tiles_per_checkpoint: int = 4
     columns: int = 16
-    through_gmem: bool = False
+    interpreted: bool = False
 
     def for_interpreter(self) -> "MLPBlocks":
         """The same sizes without what the interpreter lacks."""
-        return dataclasses.replace(self, through_gmem=True)
+        return dataclasses.replace(self, interpreted=True)
 
     @classmethod
-    def for_checkpoints_every(cls, mini_batches: int, mini_batch_size: int) -> "MLPBlocks":
-        """As many tiles between checkpoints as `mini_batches` fill, as far as SMEM holds the weights of each."""
-        return cls(tiles_per_checkpoint=_tiles(mini_batches, mini_batch_size, at_most=4))
+    def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int) -> "MLPBlocks":
+        """For a call: at C = 16 one stage, so that an SM holds two thread blocks of the forward kernel."""
+        tiles = _tiles(mini_batches_per_checkpoint, mini_batch_size, at_most=16)
+        return cls(stages=1 if mini_batch_size == 16 else 2, tiles_per_checkpoint=tiles)
 
 
 def _tiles(mini_batches: int, mini_batch_size: int, *, at_most: int) -> int:

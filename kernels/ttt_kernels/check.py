@@ -33,8 +33,9 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     import jax
     import jax.numpy as jnp
 
-    from ttt_kernels import linear_backward, linear_forward
-    from ttt_kernels.blocks import LinearBlocks
+    from ttt_kernels import linear_backward, linear_forward, mlp_backward, mlp_forward
+    from ttt_kernels.blocks import LinearBlocks, MLPBlocks
+    from ttt_kernels.cluster import SLICES
 
     batch_size, num_tokens, num_heads, dim = 2, 1024, 4, 64
 
@@ -44,16 +45,23 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     tokens = jax.ShapeDtypeStruct((batch_size, num_tokens, num_heads, dim), jnp.bfloat16)
     ln = (jax.ShapeDtypeStruct((num_heads, dim), jnp.float32),) * 2
     models = {
-        "linear": (linear_forward.forward, linear_backward.backward, LinearBlocks(), ((dim, dim), (dim,))),
+        "linear": (linear_forward.forward, linear_backward.backward, LinearBlocks, ((dim, dim), (dim,))),
+        "mlp": (
+            mlp_forward.forward,
+            mlp_backward.backward,
+            MLPBlocks,
+            (*((SLICES, dim, dim), (SLICES, dim)), *((SLICES, dim, dim), (dim,))),
+        ),
     }
     found = {}
-    for name, (forward, backward, blocks, weights) in models.items():
+    for name, (forward, backward, block_sizes, weights) in models.items():
         for c, causal in ((16, True), (16, False), (64, True), (64, False)):
+            blocks = block_sizes.choose(c, mini_batches_per_checkpoint=num_tokens)  # the most SMEM
             options = {"causal": causal, "eps": 1e-6, "blocks": blocks, "interpret": False}
             scale = jax.ShapeDtypeStruct((c,), jnp.float32)
             inputs = (tokens, tokens, tokens, array(num_tokens), array(num_tokens), scale)
             at_end = tuple(array(*shape) for shape in weights)
-            kept = tuple(array(num_tokens // 64 // blocks.tiles_per_checkpoint, *shape) for shape in weights)
+            kept = tuple(array(-(-num_tokens // 64 // blocks.tiles_per_checkpoint), *shape) for shape in weights)
             mask = "causal" if causal else "full"
             found[f"{name}_forward_{mask}_c{c}"] = (
                 functools.partial(forward, keep=True, **options),

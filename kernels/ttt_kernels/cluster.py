@@ -55,10 +55,12 @@ class Exchange:
         staging = plgpu.SMEM((64, self.columns), jnp.float32, transforms=transforms)
         return [everyone, slots, everyone, staging, plgpu.Barrier()]
 
-    def bind(self, buffers: tuple[Any, ...], scratch: tuple[Any, ...], zero: Any) -> Callable[..., list[jax.Array]]:
+    def bind(
+        self, buffers: tuple[Any, ...], scratch: tuple[Any, ...], zero: Callable[[], Any]
+    ) -> Callable[..., list[jax.Array]]:
         """A function of values to their sums over the cluster; `buffers` are `results`, at a row and head.
 
-        `zero` holds what `hopper.hide_zero` wrote.
+        `zero` is a `hopper.hidden_zero`.
         """
         has_read, slots, arrived, *through_gmem = scratch
         own = lax.axis_index(AXIS)
@@ -66,14 +68,14 @@ class Exchange:
 
         def store(part: int, value: jax.Array) -> None:
             if not self.through_gmem:
-                target, barrier = slots.at[part + zero[0], own], arrived.at[part]
+                target, barrier = slots.at[part + zero(), own], arrived.at[part]
 
                 def send(i, carry):
                     peer = lax.rem(own + i, SLICES)
                     plgpu.async_store_smem(value, target, barrier, cluster_idx=peer, cluster_dim=AXIS, optimized=False)
                     return carry
 
-                lax.fori_loop(0, SLICES + zero[0], send, 0)
+                lax.fori_loop(0, SLICES + zero(), send, 0)
                 return
             staging, _ = through_gmem
             staging[...] = value
@@ -101,7 +103,7 @@ class Exchange:
             found = []
             for part in range(len(values)):
                 fetch(part)
-                summands = [hopper.load(slots.at[part + zero[0], i]) for i in range(SLICES)]
+                summands = [hopper.load(slots.at[part + zero(), i]) for i in range(SLICES)]
                 found.append((summands[0] + summands[1]) + (summands[2] + summands[3]))
             plgpu.barrier_arrive(has_read)
             return found

@@ -4,6 +4,7 @@ A mini-batch lives in registers as [D, C]: features are rows, tokens columns. A 
 rows, which D fills and C = 16 would not. Vectors over features are `ROWS`, vectors over tokens `COLUMNS`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,11 +49,19 @@ def float32_columns(columns: int) -> tuple[Any, Any]:
 
 
 HIDDEN_ZERO: Any = plgpu.SMEM((1,), jnp.int32)
-"""Scratch for a 0 that the compiler does not know.
+"""Scratch of `hidden_zero`."""
 
-An address that depends on it is computed where it is needed. Of others the compiler computes hundreds before the loop
-over the tokens, and then has no registers left.
-"""
+
+def hidden_zero(ref, *, known: bool) -> Callable[[], Any]:
+    """A function that returns 0 unknown to the compiler, where not `known`.
+
+    An address that depends on it is computed where it is needed. Of others the compiler computes hundreds before the
+    loop over the tokens, and then has no registers left.
+    """
+    if known:
+        return lambda: 0
+    ref[0] = jnp.int32(0)
+    return lambda: ref[0]
 
 
 def load(ref, layout=WGMMA):

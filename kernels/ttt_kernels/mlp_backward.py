@@ -70,7 +70,7 @@ def backward(
     per_group = min(blocks.tiles_per_checkpoint, num_tiles)
     num_groups = -(-num_tiles // blocks.tiles_per_checkpoint)
     f32, bf16 = jnp.float32, jnp.bfloat16
-    exchange = Exchange(n, blocks.through_gmem, at_once=2 if c == n else 1)
+    exchange = Exchange(n, blocks.interpreted, at_once=2 if c == n else 1)
 
     def body(
         q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, w1t_kept_g, b1_kept_g, w2t_kept_g, b2_kept_g, ln_scale_g,
@@ -84,14 +84,15 @@ def backward(
             ln_scale_s, ln_bias_s, zero_s, start_barrier, recompute_barrier, tile_barrier, *rest,
         ) = refs  # fmt: skip
         of_matrices, of_exchange = rest[: len(_Matrices._fields)], rest[len(_Matrices._fields) :]
-        zero_s[0] = jnp.int32(0)
+        zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
 
         def matrices() -> _Matrices:
-            return _Matrices(*(ref.at[zero_s[0]] for ref in of_matrices))
+            at = zero()
+            return _Matrices(*(ref.at[at] for ref in of_matrices))
 
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
         at_own = (row, head, own)
-        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero_s)
+        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero)
 
         def fetch(barrier, *copies):
             for source, target in copies:

@@ -15,13 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import MLPBlocks
 from ttt_kernels.cluster import AXIS, SLICES, Exchange
-from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, D, load, over_columns, over_rows, product
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
 
 
 class _Matrices(NamedTuple):
     """Operands in SMEM, bfloat16."""
 
-    mixing: Any  # [TILE, TILE]: (source, reader), minus the steps that readers take along gradients of layer 1
     out: Any  # [TILE, 64]
     w1: Any  # [64, 64], rows are outputs
     w2: Any
@@ -31,7 +30,8 @@ class _Matrices(NamedTuple):
     g1_step: Any
     g2: Any
     g2_step: Any
-    mixing2: Any  # [TILE, columns], of layer 2
+    mixing1: Any  # [TILE, columns]: (source, reader), minus the steps that readers take along gradients of a layer
+    mixing2: Any
 
 
 def forward(
@@ -59,7 +59,7 @@ def forward(
     stages = min(blocks.stages, num_tiles)
     f32, bf16 = jnp.float32, jnp.bfloat16
     rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
-    exchange = Exchange(n, blocks.through_gmem)
+    exchange = Exchange(n, blocks.interpreted)
     of_sums = exchange.results(rows)
     of_weights = tuple(shape(x.shape, f32) for x in (w1t, b1, w2t, b2))
     of_checkpoints = tuple(shape((*rows, num_checkpoints, *x.shape[2:]), f32) for x in of_weights) if keep else ()
@@ -75,13 +75,14 @@ def forward(
             *rest,
         ) = refs  # fmt: skip
         of_matrices, of_exchange = rest[: len(_Matrices._fields)], rest[len(_Matrices._fields) :]
-        zero_s[0] = jnp.int32(0)
+        zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
 
         def matrices() -> _Matrices:
-            return _Matrices(*(ref.at[zero_s[0]] for ref in of_matrices))
+            at = zero()
+            return _Matrices(*(ref.at[at] for ref in of_matrices))
 
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
-        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero_s)
+        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero)
 
         def fetch(i, slot):
             tokens = pl.ds(i * TILE, TILE)
@@ -154,13 +155,16 @@ def forward(
                 s = matrices()
                 at = block_of(m, i)
                 q_b = q_t.at[at].T
-                z1 = product((D, n), (s.w1, q_b), (s.g1, s.mixing.at[tokens, at])) + over_columns(b1, n)
+                is_seen = hopper.is_seen(n, c, m, i, causal=causal)
+                steps = over_columns(load(lr_read_s.at[slot], ROWS), n)
+                steps = jnp.where(is_seen, -steps * over_rows(load(scale_s.at[block_of(0, i)], COLUMNS)), 0.0)
+                s.mixing1[...] = _mixing(product((TILE, n), (k_t, q_b)), steps)
+                plgpu.commit_smem()
+                z1 = product((D, n), (s.w1, q_b), (s.g1, s.mixing1.at[tokens])) + over_columns(b1, n)
                 s.x_q[...] = inner.gelu(z1).astype(bf16)
                 plgpu.commit_smem()
                 attention, z2 = sums(product((TILE, n), (s.x, s.x_q)), product((D, n), (s.w2, s.x_q)))
-                is_seen = hopper.is_seen(n, c, m, i, causal=causal)
-                steps = over_columns(load(lr_read_s.at[slot], ROWS), n) * over_rows(load(scale_s.at[at], COLUMNS))
-                s.mixing2[...] = jnp.where(is_seen, -(attention + 1.0) * steps, 0.0).astype(bf16)
+                s.mixing2[...] = _mixing(attention, steps)
                 plgpu.commit_smem()
                 z2 = z2 + product((D, n), (s.g2, s.mixing2.at[tokens])) + over_columns(b2, n)
                 out = load(q_b).astype(f32) + gamma * inner.normalize(z2, eps)[0] + beta
@@ -185,20 +189,6 @@ def forward(
                     save(weights, w1t_g.at[own], b1_g.at[own], w2t_g.at[own], b2_g)
 
             plgpu.barrier_wait(tile_barriers.at[slot])
-            q_t, k_t = q_s.at[slot], k_s.at[slot]
-
-            def mix(i, carry):
-                s = matrices()
-                at = block_of(0, i)
-                attention = product((TILE, n), (k_t, q_t.at[at].T))
-                steps = over_columns(load(lr_read_s.at[slot], ROWS), n) * over_rows(load(scale_s.at[at], COLUMNS))
-                mixing = -(attention + 1.0) * steps
-                source = plgpu.broadcasted_iota(jnp.int32, (TILE, n), 0, layout=WGMMA)
-                reader = plgpu.broadcasted_iota(jnp.int32, (TILE, n), 1, layout=WGMMA) + i * n
-                s.mixing.at[:, at][...] = (jnp.where(reader >= source, mixing, 0.0) if causal else mixing).astype(bf16)
-                return carry
-
-            lax.fori_loop(0, TILE // n, mix, 0)
             plgpu.wait_smem_to_gmem(0)  # the outputs of the tile before
             plgpu.commit_smem()
             weights = lax.fori_loop(0, mini_batches, lambda m, weights: mini_batch(m, slot, weights), weights)
@@ -238,15 +228,20 @@ def forward(
         cluster=(SLICES,),
         cluster_names=(AXIS,),
         scratch_types=[
-            *(tokens, tokens, tokens, steps, steps, plgpu.SMEM((TILE,), f32)),
+            *(tokens, tokens, tokens, steps, steps, plgpu.SMEM((c,), f32)),
             *(vector, vector, hopper.HIDDEN_ZERO),
             plgpu.Barrier(num_arrivals=5, num_barriers=stages),
             plgpu.Barrier(num_arrivals=3),
-            *(matrix(1, TILE, TILE), matrix(1, TILE, D), matrix(1, D, D), matrix(1, D, D), matrix(1, TILE, D)),
-            *(matrix(1, D, n), operand, operand, operand, operand, matrix(1, TILE, n)),
+            *(matrix(1, TILE, D), matrix(1, D, D), matrix(1, D, D), matrix(1, TILE, D)),
+            *(matrix(1, D, n), operand, operand, operand, operand, matrix(1, TILE, n), matrix(1, TILE, n)),
             *exchange.scratch(),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(q, k, v, lr_read, lr_update, jnp.tile(scale, mini_batches), w1t, b1, w2t, b2, ln_scale, ln_bias)
+    )(q, k, v, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
     return results[: len(results) - len(of_sums)]
+
+
+def _mixing(attention: jax.Array, steps: jax.Array) -> jax.Array:
+    """What readers take of sources' gradients; where one sees none, `attention` may be anything."""
+    return jnp.where(steps == 0.0, 0.0, (attention + 1.0) * steps).astype(jnp.bfloat16)

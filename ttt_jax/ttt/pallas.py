@@ -106,7 +106,7 @@ def _whole_mini_batches(call: Call, state: TTTState) -> tuple[jax.Array, TTTStat
         call.params.ln_bias,
         causal=call.causal,
         eps=call.eps,
-        blocks=block_sizes.for_checkpoints_every(call.remat_every, call.mini_batch_size),
+        blocks=block_sizes.choose(call.mini_batch_size, call.remat_every),
     )
     return out.astype(call.q.dtype), state._replace(weights=tuple(weights))
 
