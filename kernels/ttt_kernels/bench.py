@@ -3,7 +3,8 @@
     python -m ttt_kernels.bench --output=kernels/measured
 
 Writes DEVICE.json and DEVICE.png there and prints the table. Everything is measured in one run: each shape compiled and
-warmed up first, every time the median of calls that have ended on the device.
+warmed up first, every time the median of calls that have ended on the device. Where flash-linear-attention is
+installed, its TTT-Linear is timed too.
 """
 
 import argparse
@@ -22,17 +23,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_kernels.linear import HEAD_DIM as D
-from ttt_kernels.linear import MINI_BATCH_SIZE as C
+from ttt_kernels import fla
+from ttt_kernels.operations import HEAD_DIM as D
+from ttt_kernels.operations import HIDDEN_UNITS as F
+from ttt_kernels.operations import MINI_BATCH_SIZES
 
 HEADS = 32
 IMPLEMENTATIONS = ("pallas", "scan")
+PASSES = ("forward", "forward_backward")
 FULL_SHAPE = (8, 8192)
 """Rows and tokens of the table; the plot has one row of 1k to 256k tokens."""
 
 PLOTTED_TOKENS = tuple(1024 * 4**n for n in range(5))
 ACCURACY_TOKENS = 8192
-CALLS = 10
+CALLS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for."""
+
+    model: str  # "linear" or "mlp"
+    mini_batch_size: int
+    causal: bool
+
+    def __str__(self) -> str:
+        return f"{self.model}, C = {self.mini_batch_size}, {'causal' if self.causal else 'full'}"
+
+
+VARIANTS = tuple(
+    Variant(model, c, causal) for model in ("linear", "mlp") for c in MINI_BATCH_SIZES for causal in (True, False)
+)
+PLOTTED = (Variant("linear", 16, causal=True), Variant("mlp", 16, causal=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +64,10 @@ class Rates:
     Attributes:
         bytes_per_second: read and written by a copy of 1 GiB.
         flops_per_second: of a bfloat16 product of two 8192 x 8192 matrices.
-        seconds_per_mini_batch: of the forward kernel on one row and head: nothing else shares the device, and each
-            mini-batch waits for the one before.
     """
 
     bytes_per_second: float
     flops_per_second: float
-    seconds_per_mini_batch: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,22 +78,27 @@ class Floor:
     bound: str
 
 
-def linear_floor(batch_size: int, num_tokens: int, rates: Rates, *, backward: bool) -> Floor:
-    """Of TTT-Linear over all heads, forward or forward and backward.
+def floor(variant: Variant, batch_size: int, num_tokens: int, rates: Rates, latency: float, *, backward: bool) -> Floor:
+    """Over all heads, forward or forward and backward.
 
     Counted is what the maths needs: q, k, v and the output in bfloat16, two step sizes and a checkpoint of float32
-    weights each 128 tokens; 3 products with the weights and 2 within the mini-batch forward, 6 and 4 more backward,
-    which also computes the forward pass again. Serial latency is counted as the forward kernel's, thrice with the
-    backward pass: it walks forward again and back.
+    weights each 256 tokens; the products with the weights and those within the mini-batch. The backward pass also
+    computes the forward pass again. Serial latency is `latency`, the seconds that the forward kernel takes for each
+    mini-batch of one row and head while nothing else shares the device; thrice with the backward pass, which walks
+    forward again and back.
     """
-    tokens = batch_size * num_tokens * HEADS
-    checkpoint = 4 * (D * D + D) / 128
-    num_bytes = 4 * 2 * D + 2 * 4 + checkpoint
-    flops = 2 * D * D * 3 + 2 * D * C * 2
-    serial = num_tokens / C * rates.seconds_per_mini_batch
+    c, tokens = variant.mini_batch_size, batch_size * num_tokens * HEADS
+    # Products of each token, and of each pair of tokens in a mini-batch: forward, backward.
+    if variant.model == "linear":
+        weights, of_weights, of_pairs = D * D + D, (3 * D * D, 6 * D * D), (2 * D, 4 * D)
+    else:
+        weights, of_weights, of_pairs = 2 * D * F + F + D, (7 * D * F, 14 * D * F), (2 * D + 2 * F, 4 * D + 4 * F)
+    checkpoint = 4 * weights / 256
+    num_bytes, flops = 4 * 2 * D + 2 * 4 + checkpoint, 2 * of_weights[0] + 2 * c * of_pairs[0]
+    serial = num_tokens / c * latency
     if backward:
         num_bytes += 7 * 2 * D + 5 * 4 + checkpoint
-        flops += flops + 2 * D * D * 6 + 2 * D * C * 4
+        flops += flops + 2 * of_weights[1] + 2 * c * of_pairs[1]
         serial *= 3
     floors = {
         "bytes": tokens * num_bytes / rates.bytes_per_second,
@@ -97,9 +121,9 @@ def median_seconds(function: Callable[..., Any], *arguments: Any) -> float:
     return statistics.median(times)
 
 
-def make_arguments(batch_size: int, num_tokens: int, num_heads: int) -> tuple[Any, ...]:
+def make_arguments(model: str, batch_size: int, num_tokens: int, num_heads: int) -> tuple[Any, ...]:
     """params, q, k, v, lr as a trained layer might have them."""
-    from ttt_jax import TTTLinearParams
+    from ttt_jax import TTTLinearParams, TTTMLPParams
 
     keys = jax.random.split(jax.random.key(0), 6)
 
@@ -107,18 +131,24 @@ def make_arguments(batch_size: int, num_tokens: int, num_heads: int) -> tuple[An
         return scale * jax.random.normal(key, shape, jnp.float32)
 
     ln = jnp.ones((num_heads, D)), jnp.zeros((num_heads, D))
-    params = TTTLinearParams(normal(keys[0], num_heads, D, D, scale=0.1), jnp.zeros((num_heads, D)), *ln)
+    if model == "linear":
+        params = TTTLinearParams(normal(keys[0], num_heads, D, D, scale=0.1), jnp.zeros((num_heads, D)), *ln)
+    else:
+        w1, w2 = normal(keys[0], num_heads, D, F, scale=0.1), normal(keys[5], num_heads, F, D, scale=0.05)
+        params = TTTMLPParams(w1, jnp.zeros((num_heads, F)), w2, jnp.zeros((num_heads, D)), *ln)
     shape = (batch_size, num_tokens, num_heads)
     q, k = (normal(key, *shape, D, scale=D**-0.5).astype(jnp.bfloat16) for key in keys[1:3])
     lr = jax.random.uniform(keys[4], shape, jnp.float32, 0.0, 0.5)
     return params, q, k, normal(keys[3], *shape, D).astype(jnp.bfloat16), lr
 
 
-def operation(implementation: str, *, backward: bool) -> Callable[..., Any]:
+def operation(implementation: str, variant: Variant, *, backward: bool) -> Callable[..., Any]:
     """A jitted forward pass, or one with the gradients of all arguments."""
-    from ttt_jax import ttt_linear
+    import ttt_jax
 
-    forward = functools.partial(ttt_linear, mini_batch_size=C, implementation=implementation)
+    function = ttt_jax.ttt_linear if variant.model == "linear" else ttt_jax.ttt_mlp
+    options = {"mini_batch_size": variant.mini_batch_size, "causal": variant.causal}
+    forward = functools.partial(function, implementation=implementation, **options)
     if not backward:
         return jax.jit(forward)
 
@@ -129,35 +159,35 @@ def operation(implementation: str, *, backward: bool) -> Callable[..., Any]:
     return jax.jit(lambda *arguments: jax.grad(total)(arguments))
 
 
-def time_shape(batch_size: int, num_tokens: int, implementations: Sequence[str]) -> dict[str, Any]:
+def time_shape(variant: Variant, batch_size: int, num_tokens: int, implementations: Sequence[str]) -> dict[str, Any]:
     """Milliseconds of each implementation, forward and with the backward pass."""
-    arguments = make_arguments(batch_size, num_tokens, HEADS)
+    arguments = make_arguments(variant.model, batch_size, num_tokens, HEADS)
     ms = {
         name: {
-            "forward": 1e3 * median_seconds(operation(name, backward=False), *arguments),
-            "forward_backward": 1e3 * median_seconds(operation(name, backward=True), *arguments),
+            part: 1e3 * median_seconds(operation(name, variant, backward=backward), *arguments)
+            for part, backward in zip(PASSES, (False, True), strict=True)
         }
         for name in implementations
     }
-    return {"rows": batch_size, "tokens": num_tokens, "heads": HEADS, "ms": ms}
+    shape = {"rows": batch_size, "tokens": num_tokens, "heads": HEADS}
+    return {"variant": dataclasses.asdict(variant), **shape, "ms": ms}
 
 
-def errors(implementations: Sequence[str], num_tokens: int = ACCURACY_TOKENS) -> dict[str, dict[str, float]]:
+def errors(variant: Variant, implementations: Sequence[str], num_tokens: int = ACCURACY_TOKENS) -> dict[str, Any]:
     """Relative to float64 on the same bfloat16 numbers, by norm: of the outputs, and of the final weights."""
-    arguments = make_arguments(1, num_tokens, 2)
+    arguments = make_arguments(variant.model, 1, num_tokens, 2)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), arguments)
-        exact = operation("scan", backward=False)(*wide)
+        exact = operation("scan", variant, backward=False)(*wide)
 
     def relative(x, y) -> float:
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        x, y = (np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(z)]) for z in (x, y))
         return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
     found = {}
     for name in implementations:
-        out, state = operation(name, backward=False)(*arguments)
-        weights = relative(state.weights[0], exact[1].weights[0])
-        found[name] = {"out": relative(out, exact[0]), "weights": weights}
+        out, state = operation(name, variant, backward=False)(*arguments)
+        found[name] = {"out": relative(out, exact[0]), "weights": relative(state.weights, exact[1].weights)}
     return found
 
 
@@ -167,67 +197,84 @@ def measure_rates() -> Rates:
     matrix = jnp.ones((8192, 8192), jnp.bfloat16)
     copy = median_seconds(jax.jit(lambda x: x + 1), copied)
     product = median_seconds(jax.jit(lambda x: x @ x), matrix)
-    alone = median_seconds(operation("pallas", backward=False), *make_arguments(1, FULL_SHAPE[1], 1))
-    return Rates(2 * copied.nbytes / copy, 2 * 8192**3 / product, alone / (FULL_SHAPE[1] / C))
+    return Rates(2 * copied.nbytes / copy, 2 * 8192**3 / product)
+
+
+def measure_latency(variant: Variant) -> float:
+    """Seconds of the forward kernel for each mini-batch of one row and head."""
+    num_tokens = FULL_SHAPE[1]
+    arguments = make_arguments(variant.model, 1, num_tokens, 1)
+    seconds = median_seconds(operation("pallas", variant, backward=False), *arguments)
+    return seconds / (num_tokens / variant.mini_batch_size)
 
 
 def run() -> dict[str, Any]:
     """All measurements."""
     from tqdm import tqdm
 
-    rates = measure_rates()
-    shapes = [FULL_SHAPE, *((1, tokens) for tokens in PLOTTED_TOKENS)]
-    return {
+    shapes = [(variant, *FULL_SHAPE) for variant in VARIANTS]
+    shapes += [(variant, 1, tokens) for variant in PLOTTED for tokens in PLOTTED_TOKENS]
+    result = {
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-        "rates": dataclasses.asdict(rates),
-        "errors": errors(IMPLEMENTATIONS),
-        "shapes": [
-            time_shape(rows, tokens, IMPLEMENTATIONS) for rows, tokens in tqdm(shapes, "shapes", file=sys.stderr)
-        ],
+        "rates": dataclasses.asdict(measure_rates()),
+        "latency": {str(variant): measure_latency(variant) for variant in VARIANTS},
+        "errors": {str(variant): errors(variant, IMPLEMENTATIONS) for variant in VARIANTS},
+        "shapes": [time_shape(*shape, IMPLEMENTATIONS) for shape in tqdm(shapes, "shapes", file=sys.stderr)],
     }
+    if fla.is_installed():
+        result["versions"]["flash-linear-attention"] = importlib.metadata.version("flash-linear-attention")
+        for shape in result["shapes"]:
+            if shape["variant"] == dataclasses.asdict(PLOTTED[0]):
+                shape["ms"] |= fla.milliseconds(shape["rows"], shape["tokens"], HEADS)
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table."""
+    """The result as Markdown tables."""
     rates = Rates(**result["rates"])
     lines = [
-        "| rows | tokens | pass | pallas, ms | scan, ms | scan / pallas | of the floor | bound by |",
-        "|---|" + "---|" * 7,
+        "| operation | rows | tokens | pass | pallas, ms | scan, ms | scan / pallas | of the floor | bound by |",
+        "|---|" + "---|" * 8,
     ]
     for shape in result["shapes"]:
-        for part, backward in (("forward", False), ("forward_backward", True)):
+        variant = Variant(**shape["variant"])
+        for part, backward in zip(PASSES, (False, True), strict=True):
             pallas, scan = (shape["ms"][name][part] for name in IMPLEMENTATIONS)
-            floor = linear_floor(shape["rows"], shape["tokens"], rates, backward=backward)
-            cells = (shape["rows"], shape["tokens"], part.replace("_", " + "), f"{pallas:.3f}", f"{scan:.3f}")
-            cells += (f"{scan / pallas:.1f}", f"{pallas / (1e3 * floor.seconds):.2f}", floor.bound)
+            least = floor(
+                *(variant, shape["rows"], shape["tokens"], rates, result["latency"][str(variant)]), backward=backward
+            )
+            cells = (variant, shape["rows"], shape["tokens"], part.replace("_", " + "), f"{pallas:.3f}", f"{scan:.3f}")
+            cells += (f"{scan / pallas:.1f}", f"{pallas / (1e3 * least.seconds):.2f}", least.bound)
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    for name, found in result["errors"].items():
-        lines.append(f"\n{name}: relative error {found['out']:.1e} of outputs, {found['weights']:.1e} of final weights")
+            others = {name: ms for name, ms in shape["ms"].items() if name not in IMPLEMENTATIONS}
+            lines += [
+                f"| {name} | | | | {ms[part]:.3f} | | {ms[part] / pallas:.1f} | | |" for name, ms in others.items()
+            ]
+    lines += ["", "| operation | implementation | relative error of outputs | of final weights |", "|---|---|---|---|"]
+    for variant, found in result["errors"].items():
+        for name, error in found.items():
+            lines.append(f"| {variant} | {name} | {error['out']:.1e} | {error['weights']:.1e} |")
     return "\n".join(lines)
 
 
 def figure(result: dict[str, Any]) -> Any:
-    """Time over length, one line for each implementation and pass, as a Matplotlib figure."""
+    """Time over length, one panel for each operation, one line for each implementation and pass: Matplotlib."""
     from matplotlib.figure import Figure
 
-    plotted = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = plotted.subplots()
-    shapes = [shape for shape in result["shapes"] if shape["rows"] == 1]
-    for name in IMPLEMENTATIONS:
-        for part, style in (("forward", "-"), ("forward_backward", "--")):
-            ms = [shape["ms"][name][part] for shape in shapes]
-            label = f"{name}, {part.replace('_', ' + ')}"
-            axes.plot([shape["tokens"] for shape in shapes], ms, style, marker="o", label=label)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="tokens",
-        ylabel="ms",
-        title=f"TTT-Linear, 1 row, {HEADS} heads: {result['device']}",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
+    plotted = Figure(figsize=(10, 4.5), layout="constrained")
+    plotted.suptitle(f"1 row, {HEADS} heads: {result['device']}")
+    for variant, axes in zip(PLOTTED, plotted.subplots(1, len(PLOTTED), sharey=True), strict=True):
+        shapes = [s for s in result["shapes"] if s["rows"] == 1 and s["variant"] == dataclasses.asdict(variant)]
+        names = shapes[0]["ms"] if shapes else ()
+        for i, name in enumerate(names):
+            for part, style in zip(PASSES, ("-", "--"), strict=True):
+                ms = [shape["ms"][name][part] for shape in shapes]
+                label = f"{name}, {part.replace('_', ' + ')}"
+                axes.plot([shape["tokens"] for shape in shapes], ms, style, marker="o", color=f"C{i}", label=label)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=str(variant))
+        axes.grid(alpha=0.3)
+        axes.legend()
     return plotted
 
 
@@ -246,7 +293,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for the results")
     options = parser.parse_args()
-    reason = explain(*make_arguments(1, C, 1))
+    reason = explain(*make_arguments("linear", 1, MINI_BATCH_SIZES[0], 1))
     if "cannot" in reason:
         print(f"error: nothing was measured: {reason.removeprefix('scan; ')}", file=sys.stderr)
         return 1

@@ -1,5 +1,6 @@
 """The benchmark's arithmetic and its files; its times mean something on a GPU alone."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,48 +9,59 @@ import sys
 import pytest
 from ttt_kernels import bench
 
-RATES = bench.Rates(bytes_per_second=3e12, flops_per_second=8e14, seconds_per_mini_batch=1e-6)
+LINEAR, MLP = bench.PLOTTED
+RATES = bench.Rates(bytes_per_second=3e12, flops_per_second=8e14)
 TIMES = {"forward": 1.0, "forward_backward": 4.0}
 
 
 @pytest.fixture
 def result():
     times = {"pallas": TIMES, "scan": {part: 12 * ms for part, ms in TIMES.items()}}
-    shapes = [{"rows": rows, "tokens": 8192, "heads": 32, "ms": times} for rows in (8, 1)]
-    rates = {"bytes_per_second": 3e12, "flops_per_second": 8e14, "seconds_per_mini_batch": 1e-6}
+    shapes = [
+        {"variant": dataclasses.asdict(variant), "rows": rows, "tokens": 8192, "heads": 32, "ms": dict(times)}
+        for variant in bench.PLOTTED
+        for rows in (8, 1)
+    ]
+    shapes[0]["ms"]["fla_chunk"] = {part: 3 * ms for part, ms in TIMES.items()}
     found = {name: {"out": 2e-3, "weights": 1e-3} for name in bench.IMPLEMENTATIONS}
-    return {"device": "Some GPU", "versions": {}, "rates": rates, "errors": found, "shapes": shapes}
+    of_variants = {str(variant): found for variant in bench.PLOTTED}
+    latency = {str(variant): 1e-6 for variant in bench.PLOTTED}
+    rates = dataclasses.asdict(RATES)
+    return {"device": "Some GPU", "rates": rates, "latency": latency, "errors": of_variants, "shapes": shapes}
 
 
 def test_what_binds_the_floor():
-    one_row = bench.linear_floor(1, 8192, RATES, backward=False)
+    one_row = bench.floor(LINEAR, 1, 8192, RATES, 1e-6, backward=False)
     assert (one_row.bound, one_row.seconds) == ("serial latency", pytest.approx(512e-6))
-    assert bench.linear_floor(1, 8192, RATES, backward=True).seconds == pytest.approx(3 * 512e-6)
-    many_rows = bench.linear_floor(64, 8192, RATES, backward=False)
-    per_token = 4 * 2 * 64 + 8 + 4 * (64 * 64 + 64) / 128  # q, k, v, out; step sizes; checkpoints
+    assert bench.floor(LINEAR, 1, 8192, RATES, 1e-6, backward=True).seconds == pytest.approx(3 * 512e-6)
+    many_rows = bench.floor(LINEAR, 64, 8192, RATES, 1e-6, backward=False)
+    per_token = 4 * 2 * 64 + 8 + 4 * (64 * 64 + 64) / 256  # q, k, v, out; step sizes; checkpoints
     assert many_rows.bound == "bytes"
     assert many_rows.seconds == pytest.approx(64 * 8192 * 32 * per_token / 3e12)
-    slow = bench.Rates(3e12, 1e10, 1e-6)
-    assert bench.linear_floor(1, 8192, slow, backward=False) == bench.Floor(8192 * 32 * 28672 / 1e10, "FLOPs")
+    slow = bench.Rates(3e12, 1e10)
+    assert bench.floor(LINEAR, 1, 8192, slow, 1e-6, backward=False) == bench.Floor(8192 * 32 * 28672 / 1e10, "FLOPs")
+    flops = 2 * 7 * 64 * 256 + 2 * 16 * (2 * 64 + 2 * 256)
+    assert bench.floor(MLP, 1, 8192, slow, 1e-6, backward=False) == bench.Floor(8192 * 32 * flops / 1e10, "FLOPs")
 
 
 def test_the_table_and_the_files(result, tmp_path):
     lines = bench.table(result).splitlines()
-    row = next(line for line in lines if line.startswith("| 1 | 8192 | forward |"))
-    assert row == "| 1 | 8192 | forward | 1.000 | 12.000 | 12.0 | 1.95 | serial latency |"
-    assert "pallas: relative error 2.0e-03 of outputs, 1.0e-03 of final weights" in lines
+    assert "| linear, C = 16, causal | 1 | 8192 | forward | 1.000 | 12.000 | 12.0 | 1.95 | serial latency |" in lines
+    assert "| fla_chunk | | | | 3.000 | | 3.0 | | |" in lines
+    assert "| mlp, C = 16, causal | pallas | 2.0e-03 | 1.0e-03 |" in lines
     bench.write(result, tmp_path / "measured")
     assert json.loads((tmp_path / "measured/Some_GPU.json").read_text()) == result
     assert (tmp_path / "measured/Some_GPU.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_measurements_run_wherever_the_scan_does(monkeypatch):
+@pytest.mark.parametrize("variant", [LINEAR, bench.Variant("mlp", 64, causal=False)], ids=str)
+def test_the_measurements_run_wherever_the_scan_does(monkeypatch, variant):
     monkeypatch.setattr(bench, "HEADS", 2)
     monkeypatch.setattr(bench, "CALLS", 1)
-    measured = bench.time_shape(1, 32, ["scan"])
+    measured = bench.time_shape(variant, 1, 32, ["scan"])
     assert measured["rows"] == 1
     assert all(ms > 0 for ms in measured["ms"]["scan"].values())
-    error = bench.errors(["scan"], num_tokens=64)["scan"]
+    error = bench.errors(variant, ["scan"], num_tokens=64)["scan"]
     assert 0 < error["out"] < 4e-3  # the rounding of the output to bfloat16
     assert 0 < error["weights"] < 1e-5
 

@@ -1,6 +1,7 @@
-"""TTT-Linear's GPU kernels in JAX's interpreter of the GPU, against the scan in float64, races detected."""
+"""The GPU kernels in JAX's interpreter of the GPU, against the scan in float64, races detected."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,35 @@ OUTPUT, STATE, GRADIENT = 1e-2, 2e-2, 2e-2
 """Largest errors relative to float64, by norm; the inputs are the same bfloat16 numbers."""
 
 
+class Variant(NamedTuple):
+    """What a kernel is compiled for."""
+
+    kind: type
+    mini_batch_size: int
+    causal: bool
+
+    def __str__(self):
+        kind = "linear" if self.kind is ttt_jax.TTTLinearParams else "mlp"
+        return f"{kind}-{self.mini_batch_size}-{'causal' if self.causal else 'full'}"
+
+    def run(self, name, params, tokens, **options):
+        operation = ttt_jax.ttt_linear if self.kind is ttt_jax.TTTLinearParams else ttt_jax.ttt_mlp
+        options |= {"mini_batch_size": self.mini_batch_size, "causal": self.causal}
+        return operation(params, *tokens, implementation=name, **options)
+
+
+LINEAR, MLP = (
+    [Variant(kind, c, causal) for c in (16, 64) for causal in (True, False)]
+    for kind in (ttt_jax.TTTLinearParams, ttt_jax.TTTMLPParams)
+)
+
+
 @pytest.fixture(autouse=True)
 def float64():
-    with jax.enable_x64(True):
-        yield
+    """For all threads: the interpreter compiles in threads of its own."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture
@@ -35,8 +61,8 @@ def normal(rng, *shape, scale=1.0, dtype=jnp.float32):
     return jnp.asarray(scale * rng.standard_normal(shape), dtype)
 
 
-def make_params(num_heads=1, dim=D, kind=ttt_jax.TTTLinearParams):
-    rng, hidden = np.random.default_rng(0), 4 * dim
+def make_params(num_heads=1, dim=D, kind=ttt_jax.TTTLinearParams, hidden=4 * D):
+    rng = np.random.default_rng(0)
     shapes = {"w1": (dim, dim), "b1": (dim,)}
     if kind is ttt_jax.TTTMLPParams:
         shapes = {"w1": (dim, hidden), "b1": (hidden,), "w2": (hidden, dim), "b2": (dim,)}
@@ -66,52 +92,73 @@ def run(name, params, tokens, **options):
     return jax.jit(functools.partial(ttt_jax.ttt_linear, implementation=name))(params, *tokens, **options)
 
 
-def check_forward(num_tokens):
-    params, tokens = make_params(), make_tokens(num_tokens)
-    out, state = run("pallas", params, tokens)
+def check_forward(variant, num_tokens):
+    params, tokens = make_params(kind=variant.kind), make_tokens(num_tokens)
+    out, state = jax.jit(functools.partial(variant.run, "pallas"))(params, tokens)
     assert out.dtype == jnp.bfloat16
     assert {x.dtype for x in state.weights} == {jnp.dtype("float32")}
-    exact, exact_state = run("scan", *float64_of((params, tokens)))
+    exact, exact_state = jax.jit(functools.partial(variant.run, "scan"))(*float64_of((params, tokens)))
     assert_close(out, exact, OUTPUT)
     assert_close(state.weights, exact_state.weights, STATE)
     np.testing.assert_array_equal(state.count, exact_state.count)
 
 
 def test_outputs_and_state_after_more_tiles_than_are_on_their_way_at_once(gpu):
-    check_forward(512)
+    check_forward(LINEAR[0], 512)
 
 
-def test_outputs_and_state_after_8192_tokens():
+@pytest.mark.parametrize(
+    "variant", [LINEAR[0], *(pytest.param(v, marks=pytest.mark.slow) for v in LINEAR[1:] + MLP)], ids=str
+)
+def test_outputs_and_state_after_8192_tokens(variant):
     with ttt_kernels.interpreted():
-        check_forward(8192)
+        check_forward(variant, 8192)
 
 
-def test_every_gradient_with_rows_that_differ_in_state_length_and_reset(gpu):
-    """Rows: inside of a mini-batch, one that ends in it, an empty one; the last starts afresh."""
-    num_tokens = 5 * C + 3
-    params, tokens = make_params(), make_tokens(num_tokens, batch_size=4)
-    given = run("scan", params, make_tokens(C + 5, batch_size=4, seed=3))[1]
-    length, reset = jnp.asarray([num_tokens, 7, 0, 4 * C + 2]), jnp.asarray([False, False, False, True])
+def test_mlp_outputs_and_state_of_mini_batches_that_see_all_their_tokens(gpu):
+    check_forward(MLP[1], 50)
+
+
+class Rows(NamedTuple):
+    """A call whose rows differ, that continues a causal state."""
+
+    num_tokens: int
+    before: int  # tokens that the state has read
+    length: list[int]
+    reset: list[bool]
+    remat_every: int
+
+
+GRADIENTS = {
+    # Rows that end after the call, inside of the open mini-batch, at once; the last starts afresh.
+    LINEAR[0]: Rows(5 * C + 3, C + 5, [5 * C + 3, 7, 0, 4 * C + 2], [False, False, False, True], remat_every=4),
+    LINEAR[1]: Rows(40, 5, [40, 21], [False, True], remat_every=16),
+    LINEAR[2]: Rows(150, 30, [150, 90], [False, False], remat_every=16),
+    LINEAR[3]: Rows(150, 0, [150, 0], [False, False], remat_every=2),  # the last checkpoint has fewer tiles
+    MLP[0]: Rows(3 * C + 5, 5, [3 * C + 5], [False], remat_every=16),
+    MLP[2]: Rows(170, 30, [165], [False], remat_every=1),  # two tiles, a checkpoint each
+    MLP[3]: Rows(100, 9, [97], [False], remat_every=16),  # two tiles, one checkpoint
+}
+
+
+@pytest.mark.parametrize("variant", GRADIENTS, ids=str)
+def test_every_gradient(gpu, variant):
+    num_tokens, before, length, reset, remat_every = GRADIENTS[variant]
+    rows = len(length)
+    params, tokens = make_params(kind=variant.kind), make_tokens(num_tokens, batch_size=rows)
+    given = variant._replace(causal=True).run("scan", params, make_tokens(before, batch_size=rows, seed=3))[1]
     rng = np.random.default_rng(5)
-    token_scale = jnp.asarray(rng.uniform(0.05, 1, C), jnp.float32)
-    d_out = normal(rng, 4, num_tokens, 1, D, dtype=jnp.float64)
-    d_state = normal(rng, 4, 1, D, D, dtype=jnp.float64)
+    token_scale = jnp.asarray(rng.uniform(0.05, 1, variant.mini_batch_size), jnp.float32)
+    d_out = normal(rng, rows, num_tokens, 1, D, dtype=jnp.float64)
 
     def objective(arguments, name):
-        params, q, k, v, lr, token_scale, weights, gradient = arguments
-        state = given._replace(weights=weights, gradient=gradient)
-        out, final = ttt_jax.ttt_linear(
-            *(params, q, k, v, lr),
-            token_scale=token_scale,
-            state=state,
-            length=length,
-            reset=reset,
-            remat_every=4,
-            implementation=name,
-        )
+        params, *tokens, token_scale, weights, gradient = arguments
+        options = {"length": jnp.asarray(length), "reset": jnp.asarray(reset), "remat_every": remat_every}
+        options |= {"token_scale": token_scale, "state": given._replace(weights=weights, gradient=gradient)}
+        out, final = variant.run(name, params, tokens, **options)
         wide_out, wide = float64_of((out, final))
-        of_state = jnp.sum(wide.weights[0] * d_state) + jnp.sum(jnp.sin(wide.weights[1]))
-        return jnp.sum(wide_out * d_out) + of_state + sum(jnp.sum(jnp.sin(x)) for x in wide.gradient), (out, final)
+        of_state = sum(jnp.sum(jnp.sin(x + i)) for i, x in enumerate(wide.weights + wide.gradient))
+        return jnp.sum(wide_out * d_out) + of_state, (out, final)
 
     arguments = (params, *tokens, token_scale, given.weights, given.gradient)
     results = [
@@ -159,7 +206,7 @@ def test_training_that_began_with_scan_continues_with_the_kernels(gpu, monkeypat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"params": make_params(kind=ttt_jax.TTTMLPParams)}, "there is no kernel for the inner MLP"),
+        ({"params": make_params(kind=ttt_jax.TTTMLPParams, hidden=128)}, "inner MLP has 256 hidden units, not 128"),
         ({"mini_batch_size": 8}, "the kernels' mini-batches have 16 or 64 tokens, not 8"),
         ({"tokens": make_tokens(32, dtype=jnp.float32)}, "the kernels compute on bfloat16, q is float32"),
         ({"tokens": make_tokens(32, dim=32), "params": make_params(dim=32)}, "the kernels' head dim is 64, not 32"),
@@ -171,7 +218,9 @@ def test_what_the_kernels_cannot_take_is_told_and_left_to_the_scan(changes, mess
     params, tokens = arguments.pop("params"), arguments.pop("tokens")
     operation = ttt_jax.ttt_mlp if isinstance(params, ttt_jax.TTTMLPParams) else ttt_jax.ttt_linear
     with ttt_kernels.interpreted():
-        assert ttt_jax.explain(params, *tokens, **arguments) == f"scan; the kernels cannot take this call: {message}"
+        reason = ttt_jax.explain(params, *tokens, **arguments)
+        assert reason.startswith("scan; the kernels cannot take this call: ")
+        assert reason.endswith(message)
         with pytest.raises(NotImplementedError, match=message):
             operation(params, *tokens, implementation="pallas", **arguments)
         out, _ = operation(params, *tokens, implementation=("pallas", "scan"), **arguments)
@@ -213,3 +262,7 @@ def test_the_kernel_itself_names_a_wrong_argument():
         ttt_kernels.ttt_linear(q, k.astype(jnp.float32), v, lr, lr, scale, *weights, *ln)
     with pytest.raises(ValueError, match="a multiple of 16, got 15"):
         ttt_kernels.ttt_linear(*(x[:, :15] for x in (q, k, v, lr, lr)), scale, *weights, *ln)
+    with pytest.raises(ValueError, match=r"token_scale: expected C entries, C in \(16, 64\), got 8"):
+        ttt_kernels.ttt_linear(q, k, v, lr, lr, scale[:8], *weights, *ln)
+    with pytest.raises(ValueError, match=r"w1: expected float32\[1, 1, 64, 256\], got float32\[1, 1, 64, 64\]"):
+        ttt_kernels.ttt_mlp(q, k, v, lr, lr, scale, *weights, *weights, *ln)
