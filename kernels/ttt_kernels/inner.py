@@ -1,4 +1,6 @@
-"""The inner problem on a transposed block of tokens, `[D, n]` float32 in registers: LayerNorm, its loss, and GELU.
+"""The inner problem on tokens in registers, float32: LayerNorm, its loss, and GELU.
+
+A block of tokens is transposed, [D, n], features along axis 0; where functions take an axis, features may be along 1.
 
 `g` is the gradient of the inner loss by the prediction, `d_x` the derivative of the outer loss by `x`.
 """
@@ -10,25 +12,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ttt_kernels.hopper import over_rows
+from ttt_kernels.hopper import over_columns, over_rows
 
 
-def mean_over_rows(x: jax.Array) -> jax.Array:
-    """[D, n] to its mean over features, the same for each feature."""
-    return over_rows(x.sum(axis=0) * (1.0 / x.shape[0]), x.shape[0])
+def _for_each_feature(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """A number of each token, the same for each of its features."""
+    return over_columns(x, size) if axis else over_rows(x, size)
 
 
-def normalize(z: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """To zero mean and unit variance over features; also 1/std, [D, n]."""
-    centered = z - mean_over_rows(z)
-    rstd = lax.rsqrt((centered * centered).sum(axis=0) * (1.0 / z.shape[0]) + eps)
-    rstd = over_rows(rstd, z.shape[0])
+def mean(x: jax.Array, axis: int = 0) -> jax.Array:
+    """The mean over features, the same for each feature."""
+    return _for_each_feature(x.sum(axis=axis) * (1.0 / x.shape[axis]), x.shape[axis], axis)
+
+
+def normalize(z: jax.Array, eps: float, axis: int = 0) -> tuple[jax.Array, jax.Array]:
+    """To zero mean and unit variance over features; also 1/std, as z."""
+    centered = z - mean(z, axis)
+    rstd = lax.rsqrt((centered * centered).sum(axis=axis) * (1.0 / z.shape[axis]) + eps)
+    rstd = _for_each_feature(rstd, z.shape[axis], axis)
     return centered * rstd, rstd
 
 
-def without_projections(x: jax.Array, normalized: jax.Array) -> jax.Array:
+def without_projections(x: jax.Array, normalized: jax.Array, axis: int = 0) -> jax.Array:
     """`x` without its mean and its part along `normalized`: a LayerNorm's derivative, times std."""
-    return x - mean_over_rows(x) - normalized * mean_over_rows(x * normalized)
+    return x - mean(x, axis) - normalized * mean(x * normalized, axis)
 
 
 class InnerGradient(NamedTuple):
@@ -40,11 +47,13 @@ class InnerGradient(NamedTuple):
     error: jax.Array  # LN(prediction) - target
 
 
-def inner_gradient(z: jax.Array, target: jax.Array, gamma: jax.Array, beta: jax.Array, eps: float) -> InnerGradient:
-    """Of `1/2 sum (LN(z) - target)^2` by z; gamma and beta, the same for each token, are [D, n]."""
-    normalized, rstd = normalize(z, eps)
+def inner_gradient(
+    z: jax.Array, target: jax.Array, gamma: jax.Array, beta: jax.Array, eps: float, axis: int = 0
+) -> InnerGradient:
+    """Of `1/2 sum (LN(z) - target)^2` by z; gamma and beta have z's shape."""
+    normalized, rstd = normalize(z, eps, axis)
     error = gamma * normalized + beta - target
-    return InnerGradient(rstd * without_projections(gamma * error, normalized), normalized, rstd, error)
+    return InnerGradient(rstd * without_projections(gamma * error, normalized, axis), normalized, rstd, error)
 
 
 class InnerDerivatives(NamedTuple):
@@ -62,8 +71,8 @@ def back_through_inner_gradient(d_g: jax.Array, inner: InnerGradient, gamma: jax
     d_h = rstd * d_g
     d_gy = without_projections(d_h, normalized)
     gy = gamma * error
-    d_normalized = gamma * gamma * d_gy - d_h * mean_over_rows(gy * normalized) - gy * mean_over_rows(d_h * normalized)
-    d_z = without_projections(d_normalized, normalized) - normalized * mean_over_rows(d_g * g)
+    d_normalized = gamma * gamma * d_gy - d_h * mean(gy * normalized) - gy * mean(d_h * normalized)
+    d_z = without_projections(d_normalized, normalized) - normalized * mean(d_g * g)
     return InnerDerivatives(rstd * d_z, -gamma * d_gy, d_gy * (error + gamma * normalized), d_gy * gamma)
 
 

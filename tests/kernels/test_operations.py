@@ -148,7 +148,10 @@ def test_every_gradient(gpu, variant):
     params, tokens = make_params(kind=variant.kind), make_tokens(num_tokens, batch_size=rows)
     given = variant._replace(causal=True).run("scan", params, make_tokens(before, batch_size=rows, seed=3))[1]
     rng = np.random.default_rng(5)
-    token_scale = jnp.asarray(rng.uniform(0.05, 1, variant.mini_batch_size), jnp.float32)
+    # Near the defaults: were all near 1, rounding w1 to bfloat16 would change these gradients by 2 % in float64 too.
+    c = variant.mini_batch_size
+    steps = 1 / (1 + np.arange(c)) if variant.causal else np.full(c, 1 / c)
+    token_scale = jnp.asarray(steps * rng.uniform(0.5, 1.5, c), jnp.float32)
     d_out = normal(rng, rows, num_tokens, 1, D, dtype=jnp.float64)
 
     def objective(arguments, name):
