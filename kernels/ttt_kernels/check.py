@@ -9,6 +9,7 @@
 import argparse
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -16,13 +17,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ttt_kernels.h100 import H100
 
 TABLE = pathlib.Path(__file__).parents[1] / "resources.json"
 THREADS = 128
+KERNELS_PER_PROCESS = 3
 REGISTERS_OF_SM, SHARED_MEMORY_OF_SM, RESERVED_OF_CTA = 65536, 233472, 1024
 
 
@@ -36,6 +38,7 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     from ttt_kernels import linear_backward, linear_forward, mlp_backward, mlp_forward
     from ttt_kernels.blocks import LinearBlocks, MLPBlocks
     from ttt_kernels.cluster import SLICES
+    from ttt_kernels.step import ttt_step
 
     batch_size, num_tokens, num_heads, dim = 2, 1024, 4, 64
 
@@ -44,15 +47,12 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 
     tokens = jax.ShapeDtypeStruct((batch_size, num_tokens, num_heads, dim), jnp.bfloat16)
     ln = (jax.ShapeDtypeStruct((num_heads, dim), jnp.float32),) * 2
+    matrix, hidden = (SLICES, dim, dim), SLICES * dim
     models = {
         "linear": (linear_forward.forward, linear_backward.backward, LinearBlocks, ((dim, dim), (dim,))),
-        "mlp": (
-            mlp_forward.forward,
-            mlp_backward.backward,
-            MLPBlocks,
-            (*((SLICES, dim, dim), (SLICES, dim)), *((SLICES, dim, dim), (dim,))),
-        ),
+        "mlp": (mlp_forward.forward, mlp_backward.backward, MLPBlocks, (matrix, (SLICES, dim), matrix, (dim,))),
     }
+    of_steps = {"linear": ((dim, dim), (dim,)), "mlp": ((dim, hidden), (hidden,), (hidden, dim), (dim,))}
     found = {}
     for name, (forward, backward, block_sizes, weights) in models.items():
         for c, causal in ((16, True), (16, False), (64, True), (64, False)):
@@ -69,14 +69,19 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
             )
             arguments = (*inputs, *kept, *ln, tokens, *at_end)
             found[f"{name}_backward_{mask}_c{c}"] = functools.partial(backward, **options), arguments
+        state, scale = (
+            tuple(array(*shape) for shape in of_steps[name]),
+            jax.ShapeDtypeStruct((batch_size,), jnp.float32),
+        )
+        found[f"{name}_step"] = ttt_step, (*(array(dim),) * 3, array(), scale, scale, state, state, *ln)
     return found
 
 
-def resources(name: str) -> dict[str, int]:
-    """Compiles one kernel, in a process of its own, since the compiler reports to its output.
+def resources(names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Compiles kernels, in a process of their own, since the compiler reports to its output.
 
     Raises:
-        RuntimeError: It does not compile, or what compiles it is not installed.
+        RuntimeError: One does not compile, or what compiles it is not installed.
     """
     directories = [_directory_of_ptxas(), *os.environ.get("PATH", "").split(os.pathsep)]
     environment = os.environ | {
@@ -85,14 +90,19 @@ def resources(name: str) -> dict[str, int]:
         "MOSAIC_GPU_DUMP_PTXAS": "1",
         "PATH": os.pathsep.join(directories),
     }
-    command = [sys.executable, "-m", "ttt_kernels.check", f"--compile={name}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    text = done.stdout + done.stderr
-    registers = re.search(r"Used (\d+) registers", text)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    shared = re.search(r"shared memory: (\d+) bytes", text)
-    if done.returncode or registers is None or spills is None or shared is None:
-        raise RuntimeError(f"{name} was not compiled:\n{text[-3000:]}")
+    command = [sys.executable, "-m", "ttt_kernels.check", "--compile", *names]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _, *reports = re.split(r"^kernel (\S+)\n", done.stdout, flags=re.MULTILINE)
+    reported = dict(zip(reports[::2], reports[1::2], strict=True))
+    return {name: _resources_in(reported.get(name, done.stdout), name) for name in names}
+
+
+def _resources_in(report: str, name: str) -> dict[str, int]:
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    shared = re.search(r"shared memory: (\d+) bytes", report)
+    if registers is None or spills is None or shared is None:
+        raise RuntimeError(f"{name} was not compiled:\n{report[-3000:]}")
     found = {
         "registers": int(registers[1]),
         "spill_store_bytes": int(spills[1]),
@@ -109,15 +119,16 @@ def ctas_per_sm(registers: int, shared_memory: int) -> int:
 
 
 def compile_kernel(name: str) -> None:
-    """Compiles for an H100; ptxas and this print what it takes."""
+    """Compiles for an H100; this prints the name, then it and ptxas what the kernel takes."""
     import jax
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=H100)
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    print(f"kernel {name}", flush=True)
     kernel, arguments = kernels()[name]
-    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments]
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _reported_shared_memory():
         lowered = jax.jit(kernel).trace(*arguments).lower(lowering_platforms=("cuda",))
     lowered.compile()
@@ -132,7 +143,7 @@ def _reported_shared_memory() -> Iterator[None]:
 
     def report(buffers):
         size = add_up(buffers)
-        print(f"shared memory: {size} bytes")
+        print(f"shared memory: {size} bytes", flush=True)
         return size
 
     core._smem_tree_size = report
@@ -167,16 +178,18 @@ def main() -> int:
     """The program; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the table")
-    parser.add_argument("--compile", metavar="KERNEL", help=argparse.SUPPRESS)
+    parser.add_argument("--compile", nargs="+", metavar="KERNEL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile:
-        compile_kernel(options.compile)
+        for name in options.compile:
+            compile_kernel(name)
         return 0
     names, found = list(kernels()), {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, taken in zip(names, pool.map(resources, names), strict=True):
-            found[name] = taken
-            print(name, *(f"{value} {key}" for key, value in taken.items()), sep="  ", flush=True)
+        for group in pool.map(resources, itertools.batched(names, KERNELS_PER_PROCESS)):
+            found |= group
+            for name, taken in group.items():
+                print(name, *(f"{value} {key}" for key, value in taken.items()), sep="  ", flush=True)
     if options.write:
         TABLE.write_text(json.dumps(found, indent=2) + "\n")
         return 0

@@ -18,7 +18,7 @@ from ttt_kernels.hopper import COLUMNS, ROWS, WGMMA, D, load, over_columns, over
 Arrays = tuple[jax.Array, ...]
 
 
-def step(
+def ttt_step(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -55,21 +55,22 @@ def step(
     batch_size, num_heads, _ = q.shape
     count, slices = len(weights), weights[0].shape[-1] // D
 
-    def body(q_g, k_g, v_g, lr_g, read_scale_g, update_scale_g, ln_scale_g, ln_bias_g, *refs):
+    def body(q_g, k_g, q_in_g, k_in_g, v_g, lr_g, read_scale_g, update_scale_g, ln_scale_g, ln_bias_g, *refs):
         weights_g, gradient_g, (out_g, *refs) = refs[:count], refs[count : 2 * count], refs[2 * count :]
         new_weights_g, new_gradient_g, scratch = refs[:count], refs[count : 2 * count], refs[2 * count :]
         row, head = lax.axis_index("row"), lax.axis_index("head")
         lr, read_scale, update_scale = lr_g[row, head], read_scale_g[row], update_scale_g[row]
 
         def by_column(vector):
-            return plgpu.layout_cast(over_rows(vector, D), WGMMA)
+            return over_rows(vector, D)
 
         def by_row(vector):
-            return plgpu.layout_cast(over_columns(vector, D), WGMMA)
+            return over_columns(vector, D)
 
         gamma, beta = (by_column(load(ref.at[head], COLUMNS)) for ref in (ln_scale_g, ln_bias_g))
         q_out, k_out, v_out = (by_column(load(ref.at[row, head], COLUMNS)) for ref in (q_g, k_g, v_g))
-        q_in, k_in = (by_row(load(ref.at[row, head], ROWS)) for ref in (q_g, k_g))
+        # The same arrays: of two loads of one array in two layouts, the compiler would make one.
+        q_in, k_in = (by_row(load(ref.at[row, head], ROWS)) for ref in (q_in_g, k_in_g))
 
         def updated(i, gradient, *at):
             """Of weights i: G with the token's `gradient`, and what the token reads; both weights and G are written."""
@@ -143,6 +144,6 @@ def step(
         grid_names=("row", "head"),
         scratch_types=[] if count == 2 else [plgpu.SMEM((slices, D), f32), plgpu.SMEM((D,), f32)],
         interpret=interpreter.parameters(),
-    )(q, k, v, lr, read_scale, update_scale, ln_scale, ln_bias, *weights, *gradient)
+    )(q, k, q, k, v, lr, read_scale, update_scale, ln_scale, ln_bias, *weights, *gradient)
     out, *state = results
     return out, tuple(state[:count]), tuple(state[count:])

@@ -5,12 +5,15 @@ import json
 import pytest
 from ttt_kernels import check
 
+SPILLS = {f"mlp_backward_{mask}_c{c}" for mask in ("causal", "full") for c in (16, 64)}
+"""Kernels that may spill 128 bytes a thread, less than 1 % of a mini-batch's time: see kernels/README.md."""
 
-def test_the_table_has_every_kernel_and_no_spill():
+
+def test_the_table_has_every_kernel_and_no_other_spill():
     table = json.loads(check.TABLE.read_text())
     assert table.keys() == check.kernels().keys()
     for name, found in table.items():
-        assert found["spill_store_bytes"] == found["spill_load_bytes"] == 0, name
+        assert max(found["spill_store_bytes"], found["spill_load_bytes"]) <= (128 if name in SPILLS else 0), name
         assert found["ctas_per_sm"] == check.ctas_per_sm(found["registers"], found["shared_memory_bytes"]) > 0, name
 
 
@@ -44,4 +47,4 @@ def test_ctas_per_sm(registers, shared_memory, expected):
 def test_a_kernel_that_was_not_compiled_is_an_error(monkeypatch):
     monkeypatch.setattr(check, "_directory_of_ptxas", lambda: "/nowhere")
     with pytest.raises(RuntimeError, match="linear_forward_c99 was not compiled"):
-        check.resources("linear_forward_c99")
+        check.resources(["linear_forward_c99"])

@@ -178,6 +178,46 @@ def test_every_gradient(gpu, variant):
         np.testing.assert_array_equal(np.asarray(x)[beyond], 0)
 
 
+@pytest.mark.parametrize("variant", [LINEAR[0], MLP[0]], ids=str)
+def test_decoding_token_by_token(gpu, variant):
+    """Rows at other places of their mini-batches, one of which ends within; a step without a token changes nothing."""
+    params, c = make_params(kind=variant.kind), 4
+    variant = variant._replace(mini_batch_size=c)
+    state = variant.run("scan", params, make_tokens(6, batch_size=2, seed=3), length=jnp.asarray([5, 6]))[1]
+    steps = make_tokens(3, batch_size=2, dtype=jnp.float32)
+
+    @jax.jit
+    def decode(token, state, length):
+        return variant.run("pallas", params, token, state=state, length=length)
+
+    outs, kernel_state = [], state
+    for t, length in enumerate(([1, 1], [0, 1], [1, 1])):
+        out, kernel_state = decode([x[:, t : t + 1] for x in steps], kernel_state, jnp.asarray(length))
+        outs.append(out)
+        token = float64_of([x[:, t : t + 1] for x in steps])
+        exact, state = variant.run(
+            "scan", float64_of(params), token, state=float64_of(state), length=jnp.asarray(length)
+        )
+        np.testing.assert_allclose(out, exact, atol=2e-5)  # float32, sums of 64 and 256
+        assert_close(kernel_state, state, 1e-5)
+    np.testing.assert_array_equal(outs[1][0], 0)
+
+
+def test_a_step_has_the_derivatives_of_the_scan(gpu):
+    params, tokens = make_params(), make_tokens(1, dtype=jnp.float32)
+    state = LINEAR[0].run("scan", params, make_tokens(3))[1]
+
+    def total(arguments, name):
+        params, weights, tokens = arguments
+        out, final = LINEAR[0].run(name, params, tokens, state=state._replace(weights=weights))
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(final.gradient[0]))
+
+    gradients = [
+        jax.jit(jax.grad(total), static_argnums=1)((params, state.weights, tokens), name) for name in ("pallas", "scan")
+    ]
+    assert_close(*gradients, 1e-5)
+
+
 def test_training_that_began_with_scan_continues_with_the_kernels(gpu, monkeypatch):
     """The layer does not know that kernels exist: the dispatch alone takes them."""
     layer = TTTLayer(TTTConfig.ttt_lm("linear", width=D, num_heads=1), dtype=jnp.bfloat16)

@@ -2,17 +2,18 @@
 
 Each row of a call has up to three parts: the tokens that complete the mini-batch it stands in, whole mini-batches, and
 the tokens of one that stays open. The kernel reads the second part; `scan` reads the others, one mini-batch each.
-Non-causal mini-batches start at the call's first token and none stays open: the kernel reads them all.
+Non-causal mini-batches start at the call's first token and none stays open: the kernel reads them all. A call of one
+token that continues a state, which is what decoding makes, has a kernel of its own, in float32.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from ttt_jax import devices
 from ttt_jax.ttt import scan
-from ttt_jax.ttt.call import Call, commit_pending, fresh_state
+from ttt_jax.ttt.call import Call, commit_pending, fresh_state, select_rows
 from ttt_jax.ttt.types import TTTMLPParams, TTTState
 
 FASTER_ON: frozenset[str] = frozenset()
@@ -41,19 +42,30 @@ def refusal(call: Call) -> str | None:
             return f"the kernels are for compute capability {HOPPER}, this GPU has {'.'.join(map(str, capability))}"
     if isinstance(call.params, TTTMLPParams) and call.params.b1.shape[-1] != operations.HIDDEN_UNITS:
         return f"the kernels' inner MLP has {operations.HIDDEN_UNITS} hidden units, not {call.params.b1.shape[-1]}"
+    if call.q.shape[-1] != operations.HEAD_DIM:
+        return f"the kernels' head dim is {operations.HEAD_DIM}, not {call.q.shape[-1]}"
+    if _is_step(call):
+        return f"a step is computed in float32, q is {call.dtype}" if call.q.dtype != jnp.float32 else _refused_mesh()
     if call.mini_batch_size not in operations.MINI_BATCH_SIZES:
         sizes = " or ".join(map(str, operations.MINI_BATCH_SIZES))
         return f"the kernels' mini-batches have {sizes} tokens, not {call.mini_batch_size}"
-    if call.q.shape[-1] != operations.HEAD_DIM:
-        return f"the kernels' head dim is {operations.HEAD_DIM}, not {call.q.shape[-1]}"
     if call.dtype != jnp.bfloat16:
         return f"the kernels compute on bfloat16, q is {call.dtype}"
     if call.q.shape[1] < (call.mini_batch_size if call.causal else 1):
         return f"{call.q.shape[1]} tokens have no whole mini-batch"
+    return _refused_mesh()
+
+
+def _refused_mesh() -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
     if any(size > 1 for name, size in mesh.shape.items() if name not in mesh.manual_axes):
         return f"a kernel reads the arrays of one device, the mesh has {dict(mesh.shape)}: call it inside jax.shard_map"
     return None
+
+
+def _is_step(call: Call) -> bool:
+    """Whether the call is one of decoding."""
+    return call.causal and call.state is not None and call.q.shape[1] == 1
 
 
 class _Part(NamedTuple):
@@ -66,6 +78,8 @@ class _Part(NamedTuple):
 
 def ttt(call: Call) -> tuple[jax.Array, TTTState]:
     """The operation, where there is no `refusal`; see `ttt_jax.ttt.api` for the contract."""
+    if _is_step(call):
+        return _step(call)
     c, (batch_size, num_tokens) = call.mini_batch_size, call.q.shape[:2]
     state = fresh_state(call.params, batch_size) if call.state is None else call.state
     lengths, parts = call.lengths, []
@@ -88,6 +102,48 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
         out, state = scan.ttt(_call_of(call, rest, state))
         parts.append((rest, out))
     return _joined(parts, num_tokens), state
+
+
+def _step(call: Call) -> tuple[jax.Array, TTTState]:
+    """One token; its derivatives, which decoding does not take, are the scan's."""
+    names = ("params", "q", "k", "v", "lr", "token_scale", "state", "length")
+
+    @jax.custom_vjp
+    def run(arrays):
+        return _step_kernel(call._replace(**arrays))
+
+    def forward(arrays):
+        return run(arrays), arrays
+
+    def backward(arrays, derivatives):
+        return jax.vjp(lambda arrays: scan.ttt(call._replace(**arrays)), arrays)[1](derivatives)
+
+    run.defvjp(forward, backward)
+    return run({name: getattr(call, name) for name in names})
+
+
+def _step_kernel(call: Call) -> tuple[jax.Array, TTTState]:
+    import ttt_kernels
+
+    state, c = cast("TTTState", call.state), call.mini_batch_size
+    real = call.lengths > 0
+    count = state.count + real.astype(jnp.int32)
+    ends = count == c
+    token = (jnp.where(real[:, None, None], x[:, 0], 0) for x in (call.q, call.k, call.v))
+    out, weights, gradient = ttt_kernels.ttt_step(
+        *token,
+        jnp.where(real[:, None], call.lr[:, 0], 0),
+        call.token_scale[state.count],
+        jnp.where(ends, call.token_scale[-1], 0),
+        state.weights,
+        state.gradient,
+        call.params.ln_scale,
+        call.params.ln_bias,
+        eps=call.eps,
+    )
+    gradient = select_rows(ends, tuple(jnp.zeros_like(g) for g in gradient), gradient)
+    out = jnp.where(real[:, None, None], out, 0)[:, None]
+    return out, TTTState(weights, gradient, jnp.where(ends, 0, count))
 
 
 def _whole_mini_batches(call: Call, state: TTTState) -> tuple[jax.Array, TTTState]:
