@@ -1,7 +1,7 @@
 """Sums over the thread blocks of a cluster, each of which holds a slice of the inner MLP's hidden units."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ class Exchange:
         return [everyone, slots, everyone, staging, plgpu.Barrier()]
 
     def bind(
-        self, buffers: tuple[Any, ...], scratch: tuple[Any, ...], zero: Callable[[], Any]
+        self, buffers: Sequence[Any], scratch: Sequence[Any], zero: Callable[[], Any]
     ) -> Callable[..., list[jax.Array]]:
         """A function of values to their sums over the cluster; `buffers` are `results`, at a row and head.
 
@@ -110,6 +110,6 @@ class Exchange:
 
         return sums
 
-    def finish(self, scratch: tuple[Any, ...]) -> None:
+    def finish(self, scratch: Sequence[Any]) -> None:
         """Before a block ends: no other may still be signalling to it."""
         plgpu.barrier_wait(scratch[0])

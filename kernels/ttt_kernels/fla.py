@@ -43,8 +43,8 @@ def main() -> int:
 
 
 def _measure(rows: int, tokens: int, heads: int) -> dict[str, dict[str, float]]:
-    import torch  # ty: ignore
-    from fla.ops import ttt  # ty: ignore
+    import torch  # pyright: ignore[reportMissingImports]
+    from fla.ops import ttt  # pyright: ignore[reportMissingImports]
 
     dim = 64
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator
 
 import jax
@@ -31,3 +32,17 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
 def parameters() -> plgpu.InterpretGPUParams | None:
     """Those of the interpreter inside of `interpreted`, else None."""
     return _PARAMETERS.get()
+
+
+def require_threads(count: int) -> None:
+    """For thread blocks that wait for each other: each may hold one of XLA's threads.
+
+    Raises:
+        RuntimeError: XLA has fewer threads than `count`; it would wait forever.
+    """
+    threads = max(os.cpu_count() or 1, len(jax.devices("cpu")))
+    if threads < count:
+        raise RuntimeError(
+            f"to interpret this kernel XLA needs {count} threads, it has {threads}: set "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8"
+        )

@@ -124,7 +124,7 @@ def ttt_mlp(
         out, w1, b1, w2, b2, as `ttt_linear`.
 
     Raises:
-        ValueError: wrong shapes or dtypes.
+        ValueError: wrong shapes or dtypes. RuntimeError: interpreted, with too few threads.
     """
     shapes = {
         "w1": (w1, (D, HIDDEN_UNITS)),
@@ -134,6 +134,8 @@ def ttt_mlp(
     }
     inputs, ln = (q, k, v, lr_read, lr_update, token_scale), (ln_scale, ln_bias)
     _check(*inputs, *ln, shapes)
+    if interpreter.parameters() is not None:
+        interpreter.require_threads(SLICES + 2)
     slices = (*q.shape[:1], q.shape[2], SLICES, D)
     w1t, w2t = w1.swapaxes(-1, -2).reshape(*slices, D), w2.reshape(*slices, D).swapaxes(-1, -2)
     blocks = MLPBlocks() if blocks is None else blocks

@@ -107,9 +107,8 @@ def test_outputs_and_state_after_more_tiles_than_are_on_their_way_at_once(gpu):
     check_forward(LINEAR[0], 512)
 
 
-@pytest.mark.parametrize(
-    "variant", [LINEAR[0], *(pytest.param(v, marks=pytest.mark.slow) for v in LINEAR[1:] + MLP)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", LINEAR + MLP, ids=str)
 def test_outputs_and_state_after_8192_tokens(variant):
     with ttt_kernels.interpreted():
         check_forward(variant, 8192)
@@ -136,14 +135,25 @@ GRADIENTS = {
     LINEAR[2]: Rows(150, 30, [150, 90], [False, False], remat_every=16),
     LINEAR[3]: Rows(150, 0, [150, 0], [False, False], remat_every=2),  # the last checkpoint has fewer tiles
     MLP[0]: Rows(3 * C + 5, 5, [3 * C + 5], [False], remat_every=16),
-    MLP[2]: Rows(170, 30, [165], [False], remat_every=1),  # two tiles, a checkpoint each
-    MLP[3]: Rows(100, 9, [97], [False], remat_every=16),  # two tiles, one checkpoint
+    MLP[2]: Rows(100, 60, [95], [False], remat_every=1),
+    MLP[3]: Rows(100, 9, [97], [False], remat_every=1),  # two tiles, a checkpoint each
 }
 
 
 @pytest.mark.parametrize("variant", GRADIENTS, ids=str)
 def test_every_gradient(gpu, variant):
-    num_tokens, before, length, reset, remat_every = GRADIENTS[variant]
+    check_gradients(variant, GRADIENTS[variant])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", MLP, ids=str)
+def test_every_gradient_of_the_mlp_over_more_tiles(gpu, variant):
+    """Three tiles, with two and one for a checkpoint."""
+    check_gradients(variant, Rows(200, 0, [190], [False], remat_every=128 // variant.mini_batch_size))
+
+
+def check_gradients(variant, rows_of_call):
+    num_tokens, before, length, reset, remat_every = rows_of_call
     rows = len(length)
     params, tokens = make_params(kind=variant.kind), make_tokens(num_tokens, batch_size=rows)
     given = variant._replace(causal=True).run("scan", params, make_tokens(before, batch_size=rows, seed=3))[1]
@@ -309,3 +319,10 @@ def test_the_kernel_itself_names_a_wrong_argument():
         ttt_kernels.ttt_linear(q, k, v, lr, lr, scale[:8], *weights, *ln)
     with pytest.raises(ValueError, match=r"w1: expected float32\[1, 1, 64, 256\], got float32\[1, 1, 64, 64\]"):
         ttt_kernels.ttt_mlp(q, k, v, lr, lr, scale, *weights, *weights, *ln)
+
+
+def test_too_few_threads_are_an_error_where_blocks_would_wait_forever(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(jax, "devices", lambda backend: [None])
+    with ttt_kernels.interpreted(), pytest.raises(RuntimeError, match="needs 6 threads, it has 2: set XLA_FLAGS"):
+        MLP[0].run("pallas", make_params(kind=ttt_jax.TTTMLPParams), make_tokens(16))

@@ -6,7 +6,7 @@ Non-causal mini-batches start at the call's first token and none stays open: the
 token that continues a state, which is what decoding makes, has a kernel of its own, in float32.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -129,9 +129,11 @@ def _step_kernel(call: Call) -> tuple[jax.Array, TTTState]:
     real = call.lengths > 0
     count = state.count + real.astype(jnp.int32)
     ends = count == c
-    token = (jnp.where(real[:, None, None], x[:, 0], 0) for x in (call.q, call.k, call.v))
+    q, k, v = (jnp.where(real[:, None, None], x[:, 0], 0) for x in (call.q, call.k, call.v))
     out, weights, gradient = ttt_kernels.ttt_step(
-        *token,
+        q,
+        k,
+        v,
         jnp.where(real[:, None], call.lr[:, 0], 0),
         call.token_scale[state.count],
         jnp.where(ends, call.token_scale[-1], 0),
@@ -149,7 +151,8 @@ def _step_kernel(call: Call) -> tuple[jax.Array, TTTState]:
 def _whole_mini_batches(call: Call, state: TTTState) -> tuple[jax.Array, TTTState]:
     import ttt_kernels
 
-    operation, block_sizes = ttt_kernels.ttt_linear, ttt_kernels.LinearBlocks
+    operation: Any = ttt_kernels.ttt_linear
+    block_sizes: Any = ttt_kernels.LinearBlocks
     if isinstance(call.params, TTTMLPParams):
         operation, block_sizes = ttt_kernels.ttt_mlp, ttt_kernels.MLPBlocks
     out, *weights = operation(
