@@ -135,8 +135,7 @@ GRADIENTS = {
     LINEAR[2]: Rows(150, 30, [150, 90], [False, False], remat_every=16),
     LINEAR[3]: Rows(150, 0, [150, 0], [False, False], remat_every=2),  # the last checkpoint has fewer tiles
     MLP[0]: Rows(3 * C + 5, 5, [3 * C + 5], [False], remat_every=16),
-    MLP[2]: Rows(100, 60, [95], [False], remat_every=1),
-    MLP[3]: Rows(100, 9, [97], [False], remat_every=1),  # two tiles, a checkpoint each
+    MLP[3]: Rows(60, 9, [57], [False], remat_every=16),
 }
 
 
@@ -148,8 +147,8 @@ def test_every_gradient(gpu, variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", MLP, ids=str)
 def test_every_gradient_of_the_mlp_over_more_tiles(gpu, variant):
-    """Three tiles, with two and one for a checkpoint."""
-    check_gradients(variant, Rows(200, 0, [190], [False], remat_every=128 // variant.mini_batch_size))
+    """Three tiles after the open mini-batch, with two and one for a checkpoint."""
+    check_gradients(variant, Rows(200, 60, [195], [False], remat_every=128 // variant.mini_batch_size))
 
 
 def check_gradients(variant, rows_of_call):
