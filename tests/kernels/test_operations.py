@@ -134,8 +134,8 @@ GRADIENTS = {
     LINEAR[1]: Rows(40, 5, [40, 21], [False, True], remat_every=16),
     LINEAR[2]: Rows(150, 30, [150, 90], [False, False], remat_every=16),
     LINEAR[3]: Rows(150, 0, [150, 0], [False, False], remat_every=2),  # the last checkpoint has fewer tiles
-    MLP[0]: Rows(3 * C + 5, 5, [3 * C + 5], [False], remat_every=16),
-    MLP[3]: Rows(60, 9, [57], [False], remat_every=16),
+    MLP[0]: Rows(11 + 4 * C, 5, [11 + 4 * C], [False], remat_every=16),  # little but the kernel's part
+    MLP[3]: Rows(64, 9, [62], [False], remat_every=16),
 }
 
 
