@@ -91,8 +91,16 @@ def product(shape: tuple[int, int], *pairs) -> jax.Array:
     return result
 
 
-def is_seen(columns: int, c: int, m: int | jax.Array, block: int | jax.Array, *, causal: bool) -> jax.Array:
-    """`[TILE, columns]`: which of a tile's tokens are seen by the readers of a block of its mini-batch m."""
-    source = plgpu.broadcasted_iota(jnp.int32, (TILE, columns), 0, layout=WGMMA) - m * c
-    reader = plgpu.broadcasted_iota(jnp.int32, (TILE, columns), 1, layout=WGMMA) + block * columns
-    return (source >= 0) & (source <= reader if causal else source < c)
+def fetch(barrier, *copies: tuple[Any, Any]) -> None:
+    """From global memory to SMEM, waiting for it."""
+    for source, target in copies:
+        plgpu.copy_gmem_to_smem(source, target, barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def save(*copies: tuple[Any, Any]) -> None:
+    """From SMEM to global memory, waiting for it."""
+    plgpu.commit_smem()
+    for source, target in copies:
+        plgpu.copy_smem_to_gmem(source, target)
+    plgpu.wait_smem_to_gmem(0)

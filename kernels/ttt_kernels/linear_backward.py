@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import LinearBlocks
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
+from ttt_kernels.tiles import MiniBatches
 
 
 def backward(
@@ -32,7 +33,7 @@ def backward(
     batch_size, num_tokens, num_heads, _ = q.shape
     c = scale.shape[0]
     n = min(c, blocks.columns)
-    num_blocks, mini_batches = c // n, TILE // c
+    mini_batches = MiniBatches(c, n)
     num_tiles = num_tokens // TILE
     per_group = min(blocks.tiles_per_checkpoint, num_tiles)
     num_groups = -(-num_tiles // blocks.tiles_per_checkpoint)
@@ -49,18 +50,7 @@ def backward(
     ):  # fmt: skip
         row, head = lax.axis_index("row"), lax.axis_index("head")
 
-        def fetch(barrier, *copies):
-            for source, target in copies:
-                plgpu.copy_gmem_to_smem(source, target, barrier)
-            plgpu.barrier_wait(barrier)
-
-        def save(*copies):
-            plgpu.commit_smem()
-            for source, target in copies:
-                plgpu.copy_smem_to_gmem(source, target)
-            plgpu.wait_smem_to_gmem(0)
-
-        fetch(
+        hopper.fetch(
             start_barrier,
             (scale_g, scale_s),
             (ln_scale_g.at[head], ln_scale_s),
@@ -72,14 +62,6 @@ def backward(
         plgpu.commit_smem()
         gamma, beta = (over_columns(load(ref, ROWS), n) for ref in (ln_scale_s, ln_bias_s))
 
-        def block_of(m, i):
-            """Tokens of block i of the tile's mini-batch m."""
-            start = m * c + i * n
-            return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, n), n)
-
-        def over_blocks(body, carry):
-            return body(0, carry) if num_blocks == 1 else lax.fori_loop(0, num_blocks, body, carry)
-
         def inner_gradient(kept, at):
             """Of the tokens `at`, under kept weights."""
             k_b = k_s.at[at].T
@@ -90,7 +72,7 @@ def backward(
         def recompute(first, j, weights):
             """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
             tokens = pl.ds((first + j) * TILE, TILE)
-            fetch(
+            hopper.fetch(
                 recompute_barrier,
                 (k_g.at[row, tokens, head], k_s),
                 (v_g.at[row, tokens, head], v_s),
@@ -100,52 +82,52 @@ def backward(
             k_tokens_s[...] = (-k_step).astype(bf16)
 
             def mini_batch(m, weights):
-                kept = j * mini_batches + m
+                kept = j * mini_batches.per_tile + m
                 weights_s.at[kept][...] = weights[0].astype(bf16)
                 biases_s.at[kept][...] = weights[1]
                 plgpu.commit_smem()
 
                 def update(i, weights):
                     wt, b = weights
-                    at = block_of(m, i)
+                    at = mini_batches.block(m, i)
                     g = inner_gradient(kept, at).g
-                    g_operand_s.at[:, block_of(0, i)][...] = g.astype(bf16)
+                    g_operand_s.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
                     plgpu.commit_smem()
-                    wt = wt + product((D, D), (g_operand_s.at[:, block_of(0, i)], k_tokens_s.at[at]))
+                    wt = wt + product((D, D), (g_operand_s.at[:, mini_batches.block(0, i)], k_tokens_s.at[at]))
                     return wt, b - (g * over_rows(load(lr_update_s.at[at], COLUMNS))).sum(axis=1)
 
-                return over_blocks(update, weights)
+                return mini_batches.over_blocks(update, weights)
 
-            weights = lax.fori_loop(0, mini_batches, mini_batch, weights)
+            weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch, weights)
             plgpu.commit_smem()
             return weights
 
         def mini_batch(m, j, d_b, d_gamma, d_beta, d_lr_read):
-            kept, tokens = j * mini_batches + m, pl.ds(pl.multiple_of(m * c, c), c)
+            kept, tokens = j * mini_batches.per_tile + m, mini_batches.tokens(m)
             wt, q_tokens, k_tokens = weights_s.at[kept], q_tokens_s.at[tokens], k_tokens_s.at[tokens]
             lr_read = over_columns(load(lr_read_s, ROWS), n)
 
             def read_keys(i):
                 """The forward pass again: the inner gradient of a block."""
-                at = block_of(m, i)
+                at = mini_batches.block(m, i)
                 keys = inner_gradient(kept, at)
                 g_s.at[at].T[...] = keys.g.astype(bf16)
-                g_operand_s.at[:, block_of(0, i)][...] = keys.g.astype(bf16)
+                g_operand_s.at[:, mini_batches.block(0, i)][...] = keys.g.astype(bf16)
                 return keys
 
-            if num_blocks == 1:
+            if mini_batches.num_blocks == 1:
                 read = read_keys(0)
             else:
                 read = None
-                lax.fori_loop(0, num_blocks, lambda i, _: read_keys(i) and None, None)
+                lax.fori_loop(0, mini_batches.num_blocks, lambda i, _: read_keys(i) and None, None)
             d_wt_operand_s[...] = load(d_wt_s).astype(bf16)
             plgpu.commit_smem()
 
             def back_through_reading(i, carry):
                 d_b, d_gamma, d_beta, d_lr_read = carry
-                at, block = block_of(m, i), block_of(0, i)
+                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 q_b = q_s.at[at].T
-                is_seen = hopper.is_seen(n, c, m, i, causal=causal)
+                is_seen = mini_batches.is_seen(m, i, causal=causal)
                 attention = jnp.where(is_seen, product((TILE, n), (k_s, q_b)) + 1.0, 0.0)
                 by_reader = over_rows(load(scale_s.at[block], COLUMNS))
                 mixing_s.at[:, block][...] = (-attention * by_reader * lr_read).astype(bf16)
@@ -167,11 +149,13 @@ def backward(
                 d_attention_s.at[:, block][...] = (d_mixing * by_reader * lr_read).astype(bf16)
                 return d_b + d_zq.sum(axis=1), d_gamma, d_beta, d_lr_read
 
-            next_d_b, d_gamma, d_beta, d_lr_read = over_blocks(back_through_reading, (d_b, d_gamma, d_beta, d_lr_read))
+            next_d_b, d_gamma, d_beta, d_lr_read = mini_batches.over_blocks(
+                back_through_reading, (d_b, d_gamma, d_beta, d_lr_read)
+            )
 
             def back_through_update(i, carry):
                 next_d_b, d_gamma, d_beta = carry
-                at, block = block_of(m, i), block_of(0, i)
+                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 keys = inner_gradient(kept, at) if read is None else read
                 g = keys.g
                 lr_update = over_rows(load(lr_update_s.at[at], COLUMNS))
@@ -197,7 +181,7 @@ def backward(
                 v_s.at[at].T[...] = d.d_target.astype(bf16)
                 return next_d_b + d.d_z.sum(axis=1), d_gamma, d_beta
 
-            d_b, d_gamma, d_beta = over_blocks(back_through_update, (next_d_b, d_gamma, d_beta))
+            d_b, d_gamma, d_beta = mini_batches.over_blocks(back_through_update, (next_d_b, d_gamma, d_beta))
             d_wt = product((D, D), (d_zq_operand_s, q_tokens), (d_zk_operand_s, k_tokens))
             d_wt_s[...] = load(d_wt_s) + d_wt
             return d_b, d_gamma, d_beta, d_lr_read
@@ -205,7 +189,7 @@ def backward(
         def tile(first, j, carry):
             """Back over tile `first + j`."""
             tokens = pl.ds((first + j) * TILE, TILE)
-            fetch(
+            hopper.fetch(
                 tile_barrier,
                 (q_g.at[row, tokens, head], q_s),
                 (q_g.at[row, tokens, head], q_tokens_s),
@@ -219,12 +203,12 @@ def backward(
             d_lr_read = jnp.zeros_like(carry[0])
             *carry, d_lr_read = lax.fori_loop(
                 0,
-                mini_batches,
-                lambda i, carry: mini_batch(mini_batches - 1 - i, j, *carry),
+                mini_batches.per_tile,
+                lambda i, carry: mini_batch(mini_batches.per_tile - 1 - i, j, *carry),
                 (*carry, d_lr_read),
             )
             d_lr_read_s[...] = d_lr_read
-            save(
+            hopper.save(
                 (d_out_s, d_q_g.at[row, tokens, head]),
                 (d_k_s, d_k_g.at[row, tokens, head]),
                 (v_s, d_v_g.at[row, tokens, head]),
@@ -238,7 +222,7 @@ def backward(
             n = num_groups - 1 - i
             first = n * blocks.tiles_per_checkpoint
             count = per_group if num_tiles % per_group == 0 else jnp.minimum(per_group, num_tiles - first)
-            fetch(group_barrier, (wt_kept_g.at[row, head, n], wt_s), (b_kept_g.at[row, head, n], b_s))
+            hopper.fetch(group_barrier, (wt_kept_g.at[row, head, n], wt_s), (b_kept_g.at[row, head, n], b_s))
             weights = load(wt_s), load(b_s, ROWS)
             plgpu.commit_smem()
             lax.fori_loop(0, count, lambda j, weights: recompute(first, j, weights), weights)
@@ -247,7 +231,7 @@ def backward(
         nothing = jnp.zeros_like(d_b)
         d_b, d_gamma, d_beta = lax.fori_loop(0, num_groups, group, (d_b, nothing, nothing))
         b_s[...], ln_scale_s[...], ln_bias_s[...] = d_b, d_gamma, d_beta
-        save(
+        hopper.save(
             (d_wt_s, d_wt_g.at[row, head]),
             (b_s, d_b_g.at[row, head]),
             (ln_scale_s, d_ln_scale_g.at[row, head]),
@@ -261,7 +245,7 @@ def backward(
     right_operand = plgpu.SMEM((c, D), bf16, transforms=hopper.OVER_FEATURES)
     pairs = plgpu.SMEM((TILE, c), bf16, transforms=over_tokens)
     steps, vector = plgpu.SMEM((TILE,), f32), plgpu.SMEM((D,), f32)
-    kept = per_group * mini_batches
+    kept = per_group * mini_batches.per_tile
     rows = (batch_size, num_heads)
     shape = jax.ShapeDtypeStruct
     of_tokens, of_steps, of_vectors = shape(q.shape, bf16), shape(lr_read.shape, f32), shape(d_b.shape, f32)

@@ -16,6 +16,7 @@ from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import MLPBlocks
 from ttt_kernels.cluster import AXIS, SLICES, Exchange
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
+from ttt_kernels.tiles import MiniBatches
 
 
 class _Matrices(NamedTuple):
@@ -65,7 +66,7 @@ def backward(
     batch_size, num_tokens, num_heads, _ = q.shape
     c = scale.shape[0]
     n = min(c, blocks.columns)
-    num_blocks, mini_batches = c // n, TILE // c
+    mini_batches = MiniBatches(c, n)
     num_tiles = num_tokens // TILE
     per_group = min(blocks.tiles_per_checkpoint, num_tiles)
     num_groups = -(-num_tiles // blocks.tiles_per_checkpoint)
@@ -94,29 +95,12 @@ def backward(
         at_own = (row, head, own)
         sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero)
 
-        def fetch(barrier, *copies):
-            for source, target in copies:
-                plgpu.copy_gmem_to_smem(source, target, barrier)
-            plgpu.barrier_wait(barrier)
-
-        def save(*copies):
-            plgpu.commit_smem()
-            for source, target in copies:
-                plgpu.copy_smem_to_gmem(source, target)
-            plgpu.wait_smem_to_gmem(0)
-
-        fetch(start_barrier, (scale_g, scale_s), (ln_scale_g.at[head], ln_scale_s), (ln_bias_g.at[head], ln_bias_s))
+        hopper.fetch(
+            start_barrier, (scale_g, scale_s), (ln_scale_g.at[head], ln_scale_s), (ln_bias_g.at[head], ln_bias_s)
+        )
         s = matrices()
         s.d_w1[...], s.d_w2[...] = load(d_w1t_end_g.at[at_own]), load(d_w2t_end_g.at[at_own])
         gamma, beta = (over_columns(load(ref, ROWS), n) for ref in (ln_scale_s, ln_bias_s))
-
-        def block_of(m, i):
-            """Tokens of block i of the tile's mini-batch m."""
-            start = m * c + i * n
-            return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, n), n)
-
-        def over_blocks(body, carry):
-            return body(0, carry) if num_blocks == 1 else lax.fori_loop(0, num_blocks, body, carry)
 
         def read_keys(s, at, b1, b2):
             """The inner gradients of a block, under the weights in SMEM: of layer 2, then what layer 1 has."""
@@ -144,7 +128,7 @@ def backward(
             """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
             s = matrices()
             tokens = pl.ds((first + j) * TILE, TILE)
-            fetch(
+            hopper.fetch(
                 recompute_barrier,
                 (k_g.at[row, tokens, head], s.k),
                 (v_g.at[row, tokens, head], s.v),
@@ -154,7 +138,7 @@ def backward(
             def mini_batch(m, weights):
                 w1t, b1, w2t, b2 = weights
                 s = matrices()
-                kept = (*at_own, j * mini_batches + m)
+                kept = (*at_own, j * mini_batches.per_tile + m)
                 w1, w2 = w1t.astype(bf16), w2t.astype(bf16)
                 weights_g.at[*kept, 0][...], weights_g.at[*kept, 1][...] = w1, w2
                 biases_g.at[*kept, 0][...], biases_g.at[*kept, 1][...] = b1, b2
@@ -164,7 +148,7 @@ def backward(
                 def update(i, weights):
                     w1t, step1, w2t, step2 = weights
                     s = matrices()
-                    at = block_of(m, i)
+                    at = mini_batches.block(m, i)
                     keys, _, _, g1 = read_keys(s, at, b1, b2)
                     lr = write_steps(s, at, g1, keys.g)
                     plgpu.commit_smem()
@@ -173,34 +157,39 @@ def backward(
                     return w1t, step1 + (g1 * lr).sum(axis=1), w2t, step2 + (keys.g * lr).sum(axis=1)
 
                 nothing = jnp.zeros_like(b1)
-                w1t, step1, w2t, step2 = over_blocks(update, (w1t, nothing, w2t, nothing))
+                w1t, step1, w2t, step2 = mini_batches.over_blocks(update, (w1t, nothing, w2t, nothing))
                 return w1t, b1 - step1, w2t, b2 - step2
 
-            weights = lax.fori_loop(0, mini_batches, mini_batch, weights)
+            weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch, weights)
             plgpu.commit_smem()
             return weights
 
         def mini_batch(m, j, d_b1, d_b2, d_gamma, d_beta, d_lr_read):
             s = matrices()
-            tokens, kept = pl.ds(pl.multiple_of(m * c, c), c), (*at_own, j * mini_batches + m)
+            tokens, kept = mini_batches.tokens(m), (*at_own, j * mini_batches.per_tile + m)
             s.w1[...], s.w2[...] = load(weights_g.at[*kept, 0]), load(weights_g.at[*kept, 1])
             b1, b2 = (load(biases_g.at[*kept, i], ROWS) for i in range(2))
             s.d_w1_operand[...], s.d_w2_operand[...] = load(s.d_w1).astype(bf16), load(s.d_w2).astype(bf16)
             plgpu.commit_smem()
             lr_read = over_columns(load(lr_read_s, ROWS), n)
-            if num_blocks == 1:
-                read = read_keys(s, block_of(m, 0), b1, b2)
+            if mini_batches.num_blocks == 1:
+                read = read_keys(s, mini_batches.block(m, 0), b1, b2)
             else:
                 read = None
-                lax.fori_loop(0, num_blocks, lambda i, _: read_keys(matrices(), block_of(m, i), b1, b2) and None, None)
+                lax.fori_loop(
+                    0,
+                    mini_batches.num_blocks,
+                    lambda i, _: read_keys(matrices(), mini_batches.block(m, i), b1, b2) and None,
+                    None,
+                )
             plgpu.commit_smem()
 
             def back_through_reading(i, carry):
                 d_b1, d_b2, d_gamma, d_beta, d_lr_read = carry
                 s = matrices()
-                at, block = block_of(m, i), block_of(0, i)
+                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 q_b, x_q, d_z1_q, d_z2_q = s.q.at[at].T, s.x_q.at[block].T, s.d_z1_q.at[block].T, s.d_z2_q.at[block].T
-                is_seen = hopper.is_seen(n, c, m, i, causal=causal)
+                is_seen = mini_batches.is_seen(m, i, causal=causal)
                 by_reader = over_rows(load(scale_s.at[block], COLUMNS))
                 # The forward pass again.
                 attention1 = jnp.where(is_seen, product((TILE, n), (s.k, q_b)) + 1.0, 0.0)
@@ -239,13 +228,13 @@ def backward(
                 d_scale_s.at[at][...] = (d_steps * lr_read).sum(axis=0)
                 return d_b1 + d_z1.sum(axis=1), d_b2 + d_z2.sum(axis=1), d_gamma, d_beta, d_lr_read
 
-            *carry, d_lr_read = over_blocks(back_through_reading, (d_b1, d_b2, d_gamma, d_beta, d_lr_read))
+            *carry, d_lr_read = mini_batches.over_blocks(back_through_reading, (d_b1, d_b2, d_gamma, d_beta, d_lr_read))
             plgpu.commit_smem()
 
             def back_through_update(i, carry):
                 next_d_b1, next_d_b2, d_gamma, d_beta = carry
                 s = matrices()
-                at, block = block_of(m, i), block_of(0, i)
+                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 keys, z1, d_x, g1 = read_keys(s, at, b1, b2) if read is None else read
                 k_b, q_t, k_t = s.k.at[at].T, s.q.at[tokens].T, s.k.at[tokens].T
                 slope = inner.gelu_gradient(z1)
@@ -292,7 +281,7 @@ def backward(
                 s.d_w2[...] = load(s.d_w2) + product((D, D), (s.d_z2.T, s.x.at[at]), (s.g2.at[at].T, s.d_u))
                 return next_d_b1 + d_z1.sum(axis=1), next_d_b2 + d.d_z.sum(axis=1), d_gamma, d_beta
 
-            carry = over_blocks(back_through_update, tuple(carry))
+            carry = mini_batches.over_blocks(back_through_update, tuple(carry))
             s.d_w1[...] = load(s.d_w1) + product((D, D), (s.d_z1_q.T, s.q.at[tokens]))
             s.d_w2[...] = load(s.d_w2) + product((D, D), (s.d_z2_q.T, s.x_q))
             return *carry, d_lr_read
@@ -301,7 +290,7 @@ def backward(
             """Back over tile `first + j`."""
             s = matrices()
             tokens = pl.ds((first + j) * TILE, TILE)
-            fetch(
+            hopper.fetch(
                 tile_barrier,
                 (q_g.at[row, tokens, head], s.q),
                 (k_g.at[row, tokens, head], s.k),
@@ -312,8 +301,8 @@ def backward(
             )
             *carry, d_lr_read = lax.fori_loop(
                 0,
-                mini_batches,
-                lambda i, carry: mini_batch(mini_batches - 1 - i, j, *carry),
+                mini_batches.per_tile,
+                lambda i, carry: mini_batch(mini_batches.per_tile - 1 - i, j, *carry),
                 (*carry, jnp.zeros_like(carry[0])),
             )
             d_lr_read_s[...] = d_lr_read
@@ -325,7 +314,7 @@ def backward(
                 plgpu.copy_smem_to_gmem(s.d_k, d_k_g.at[row, tokens, head])
                 plgpu.copy_smem_to_gmem(s.v, d_v_g.at[row, tokens, head])
 
-            save(
+            hopper.save(
                 (d_lr_read_s, d_lr_read_g.at[*at_own, tokens]),
                 (d_lr_update_s, d_lr_update_g.at[*at_own, tokens]),
                 (d_scale_s, d_scale_g.at[*at_own, tokens]),
@@ -366,7 +355,7 @@ def backward(
         return jax.ShapeDtypeStruct(shape, f32)
 
     steps, vector = plgpu.SMEM((TILE,), f32), plgpu.SMEM((D,), f32)
-    rows, kept = (batch_size, num_heads), per_group * mini_batches
+    rows, kept = (batch_size, num_heads), per_group * mini_batches.per_tile
     of_tokens, of_steps = jax.ShapeDtypeStruct(q.shape, bf16), float32(*rows, SLICES, num_tokens)
     of_weights = tuple(float32(*x.shape) for x in (d_w1t, d_b1, d_w2t, d_b2))
     results = plgpu.kernel(

@@ -16,6 +16,7 @@ from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import MLPBlocks
 from ttt_kernels.cluster import AXIS, SLICES, Exchange
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
+from ttt_kernels.tiles import MiniBatches
 
 
 class _Matrices(NamedTuple):
@@ -53,7 +54,7 @@ def forward(
     batch_size, num_tokens, num_heads, _ = q.shape
     c = scale.shape[0]
     n = min(c, blocks.columns)
-    num_blocks, mini_batches = c // n, TILE // c
+    mini_batches = MiniBatches(c, n)
     num_tiles = num_tokens // TILE
     num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
     stages = min(blocks.stages, num_tiles)
@@ -111,18 +112,10 @@ def forward(
             def _():
                 b2_target[...] = b2
 
-        def block_of(m, i):
-            """Tokens of block i of the tile's mini-batch m."""
-            start = m * c + i * n
-            return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, n), n)
-
-        def over_blocks(body, carry):
-            return body(0, carry) if num_blocks == 1 else lax.fori_loop(0, num_blocks, body, carry)
-
         def mini_batch(m, slot, weights):
             w1t, b1, w2t, b2 = weights
             s = matrices()
-            tokens = pl.ds(pl.multiple_of(m * c, c), c)
+            tokens = mini_batches.tokens(m)
             q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
             s.w1[...], s.w2[...] = w1t.astype(bf16), w2t.astype(bf16)
             plgpu.commit_smem()
@@ -130,7 +123,7 @@ def forward(
             def learn(i, steps):
                 step1, step2 = steps
                 s = matrices()
-                at, block = block_of(m, i), block_of(0, i)
+                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 k_b = k_t.at[at].T
                 z1 = product((D, n), (s.w1, k_b)) + over_columns(b1, n)
                 s.x.at[at].T[...] = inner.gelu(z1).astype(bf16)
@@ -148,16 +141,16 @@ def forward(
                 return step1 + (g1 * lr).sum(axis=1), step2 + (g2 * lr).sum(axis=1)
 
             nothing = jnp.zeros_like(b1)
-            step1, step2 = over_blocks(learn, (nothing, nothing))
+            step1, step2 = mini_batches.over_blocks(learn, (nothing, nothing))
             plgpu.commit_smem()
 
             def read(i, carry):
                 s = matrices()
-                at = block_of(m, i)
+                at = mini_batches.block(m, i)
                 q_b = q_t.at[at].T
-                is_seen = hopper.is_seen(n, c, m, i, causal=causal)
+                is_seen = mini_batches.is_seen(m, i, causal=causal)
                 steps = over_columns(load(lr_read_s.at[slot], ROWS), n)
-                steps = jnp.where(is_seen, -steps * over_rows(load(scale_s.at[block_of(0, i)], COLUMNS)), 0.0)
+                steps = jnp.where(is_seen, -steps * over_rows(load(scale_s.at[mini_batches.block(0, i)], COLUMNS)), 0.0)
                 s.mixing1[...] = _mixing(product((TILE, n), (k_t, q_b)), steps)
                 plgpu.commit_smem()
                 z1 = product((D, n), (s.w1, q_b), (s.g1, s.mixing1.at[tokens])) + over_columns(b1, n)
@@ -171,7 +164,7 @@ def forward(
                 s.out.at[at].T[...] = out.astype(bf16)
                 return carry
 
-            over_blocks(read, 0)
+            mini_batches.over_blocks(read, 0)
             s = matrices()
             w1t = w1t + product((D, D), (s.g1_step, k_t.at[tokens]))
             w2t = w2t + product((D, D), (s.g2_step, s.x.at[tokens]))
@@ -191,7 +184,7 @@ def forward(
             plgpu.barrier_wait(tile_barriers.at[slot])
             plgpu.wait_smem_to_gmem(0)  # the outputs of the tile before
             plgpu.commit_smem()
-            weights = lax.fori_loop(0, mini_batches, lambda m, weights: mini_batch(m, slot, weights), weights)
+            weights = lax.fori_loop(0, mini_batches.per_tile, lambda m, weights: mini_batch(m, slot, weights), weights)
             plgpu.commit_smem()
 
             @pl.when(own == 0)
