@@ -34,15 +34,10 @@ class Exchange:
     through_gmem: bool
     at_once: int = 2
 
-    @property
-    def num_results(self) -> int:
-        """How many buffers in global memory it takes."""
-        return 1 if self.through_gmem else 0
-
     def results(self, rows: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Those buffers, among the kernel's results."""
+        """Buffers in global memory that it takes among the kernel's results."""
         shape = (*rows, self.at_once, SLICES, 64, self.columns)
-        return (jax.ShapeDtypeStruct(shape, jnp.float32),) * self.num_results
+        return (jax.ShapeDtypeStruct(shape, jnp.float32),) if self.through_gmem else ()
 
     def scratch(self) -> list[Any]:
         """What `bind` takes of the kernel's scratch."""

@@ -219,10 +219,10 @@ def backward(
             return tuple(carry)
 
         def group(i, carry):
-            n = num_groups - 1 - i
-            first = n * blocks.tiles_per_checkpoint
+            at = num_groups - 1 - i
+            first = at * blocks.tiles_per_checkpoint
             count = per_group if num_tiles % per_group == 0 else jnp.minimum(per_group, num_tiles - first)
-            hopper.fetch(group_barrier, (wt_kept_g.at[row, head, n], wt_s), (b_kept_g.at[row, head, n], b_s))
+            hopper.fetch(group_barrier, (wt_kept_g.at[row, head, at], wt_s), (b_kept_g.at[row, head, at], b_s))
             weights = load(wt_s), load(b_s, ROWS)
             plgpu.commit_smem()
             lax.fori_loop(0, count, lambda j, weights: recompute(first, j, weights), weights)

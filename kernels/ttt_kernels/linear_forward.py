@@ -69,21 +69,19 @@ def forward(
 
         for slot in range(stages):
             fetch(slot, slot)
-        starts = (
-            (wt_g.at[row, head], wt_s), (b_g.at[row, head], b_s), (scale_g, scale_s),
-            (ln_scale_g.at[head], ln_scale_s), (ln_bias_g.at[head], ln_bias_s),
-        )  # fmt: skip
-        for source, target in starts:
-            plgpu.copy_gmem_to_smem(source, target, start_barrier)
-        plgpu.barrier_wait(start_barrier)
+        hopper.fetch(
+            start_barrier,
+            (wt_g.at[row, head], wt_s),
+            (b_g.at[row, head], b_s),
+            (scale_g, scale_s),
+            (ln_scale_g.at[head], ln_scale_s),
+            (ln_bias_g.at[head], ln_bias_s),
+        )
         gamma, beta = (over_columns(load(ref, ROWS), c) for ref in (ln_scale_s, ln_bias_s))
 
-        def save(weights, *targets):
+        def save(weights, wt_target, b_target):
             wt_s[...], b_s[...] = weights
-            plgpu.commit_smem()
-            for source, target in zip((wt_s, b_s), targets, strict=True):
-                plgpu.copy_smem_to_gmem(source, target)
-            plgpu.wait_smem_to_gmem(0)
+            hopper.save((wt_s, wt_target), (b_s, b_target))
 
         def tile(i, weights):
             wt, b = weights

@@ -72,6 +72,8 @@ def backward(
     num_groups = -(-num_tiles // blocks.tiles_per_checkpoint)
     f32, bf16 = jnp.float32, jnp.bfloat16
     exchange = Exchange(n, blocks.interpreted, at_once=2 if c == n else 1)
+    rows = (batch_size, num_heads)
+    of_sums = exchange.results(rows)
 
     def body(
         q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, w1t_kept_g, b1_kept_g, w2t_kept_g, b2_kept_g, ln_scale_g,
@@ -79,7 +81,7 @@ def backward(
         d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_w1t_g, d_b1_g, d_w2t_g, d_b2_g, d_ln_scale_g,
         d_ln_bias_g, weights_g, biases_g, *refs,
     ):  # fmt: skip
-        sums_g, refs = refs[: exchange.num_results], refs[exchange.num_results :]
+        sums_g, refs = refs[: len(of_sums)], refs[len(of_sums) :]
         (
             lr_read_s, lr_update_s, scale_s, d_lr_read_s, d_lr_update_s, d_scale_s,
             ln_scale_s, ln_bias_s, zero_s, start_barrier, recompute_barrier, tile_barrier, *rest,
@@ -355,7 +357,7 @@ def backward(
         return jax.ShapeDtypeStruct(shape, f32)
 
     steps, vector = plgpu.SMEM((TILE,), f32), plgpu.SMEM((D,), f32)
-    rows, kept = (batch_size, num_heads), per_group * mini_batches.per_tile
+    kept = per_group * mini_batches.per_tile
     of_tokens, of_steps = jax.ShapeDtypeStruct(q.shape, bf16), float32(*rows, SLICES, num_tokens)
     of_weights = tuple(float32(*x.shape) for x in (d_w1t, d_b1, d_w2t, d_b2))
     results = plgpu.kernel(
@@ -367,7 +369,7 @@ def backward(
             *(float32(*rows, D),) * 2,
             jax.ShapeDtypeStruct((*rows, SLICES, kept, 2, D, D), bf16),
             float32(*rows, SLICES, kept, 2, D),
-            *exchange.results(rows),
+            *of_sums,
         ),
         grid=rows,
         grid_names=("row", "head"),

@@ -61,16 +61,10 @@ def ttt_step(
         row, head = lax.axis_index("row"), lax.axis_index("head")
         lr, read_scale, update_scale = lr_g[row, head], read_scale_g[row], update_scale_g[row]
 
-        def by_column(vector):
-            return over_rows(vector, D)
-
-        def by_row(vector):
-            return over_columns(vector, D)
-
-        gamma, beta = (by_column(load(ref.at[head], COLUMNS)) for ref in (ln_scale_g, ln_bias_g))
-        q_out, k_out, v_out = (by_column(load(ref.at[row, head], COLUMNS)) for ref in (q_g, k_g, v_g))
+        gamma, beta = (over_rows(load(ref.at[head], COLUMNS)) for ref in (ln_scale_g, ln_bias_g))
+        q_out, k_out, v_out = (over_rows(load(ref.at[row, head], COLUMNS)) for ref in (q_g, k_g, v_g))
         # The same arrays: of two loads of one array in two layouts, the compiler would make one.
-        q_in, k_in = (by_row(load(ref.at[row, head], ROWS)) for ref in (q_in_g, k_in_g))
+        q_in, k_in = (over_columns(load(ref.at[row, head], ROWS), D) for ref in (q_in_g, k_in_g))
 
         def updated(i, gradient, *at):
             """Of weights i: G with the token's `gradient`, and what the token reads; both weights and G are written."""
@@ -83,11 +77,11 @@ def ttt_step(
 
         def inner_gradient(z):
             """By column, as [64, 64] and as a vector."""
-            g = inner.inner_gradient(by_column(z), v_out - k_out, gamma, beta, eps, axis=1).g
+            g = inner.inner_gradient(over_rows(z), v_out - k_out, gamma, beta, eps, axis=1).g
             return g, g.max(axis=0)
 
         def write(z):
-            normalized = inner.normalize(by_column(z), eps, axis=1)[0]
+            normalized = inner.normalize(over_rows(z), eps, axis=1)[0]
             out_g.at[row, head][...] = (q_out + gamma * normalized + beta).max(axis=0)
 
         def linear():
@@ -115,7 +109,7 @@ def ttt_step(
                 z1 = transposed(z1 + load(weights_g[1].at[row, head, at], COLUMNS), ROWS)
                 hidden_s.at[i][...] = z1
                 w2 = load(weights_g[2].at[row, head, at])
-                return z + (w2 * by_row(inner.gelu(z1))).sum(axis=0)
+                return z + (w2 * over_columns(inner.gelu(z1), D)).sum(axis=0)
 
             z = lax.fori_loop(0, slices, hidden, load(weights_g[3].at[row, head], COLUMNS))
             g, g_vector = inner_gradient(z)
@@ -125,10 +119,10 @@ def ttt_step(
                 z1 = load(hidden_s.at[i], ROWS)
                 g1 = (load(weights_g[2].at[row, head, at]) * g).sum(axis=1) * inner.gelu_gradient(z1)
                 g1 = transposed(g1, COLUMNS)
-                w1, b1 = updated(0, k_in * by_column(g1), *columns), updated(1, g1, at)
-                w2 = updated(2, by_row(inner.gelu(z1)) * g, at)
+                w1, b1 = updated(0, k_in * over_rows(g1), *columns), updated(1, g1, at)
+                w2 = updated(2, over_columns(inner.gelu(z1), D) * g, at)
                 x = inner.gelu(transposed((w1 * q_in).sum(axis=0) + b1, ROWS))
-                return z + (w2 * by_row(x)).sum(axis=0)
+                return z + (w2 * over_columns(x, D)).sum(axis=0)
 
             plgpu.commit_smem()
             write(lax.fori_loop(0, slices, read, updated(3, g_vector)))
