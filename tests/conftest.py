@@ -2,18 +2,19 @@
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile far more than they compute; these compile several times faster than the defaults.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true",
-        "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_force_host_platform_device_count=8",
-    ]
-)
+# JAX_PLATFORMS=cuda,cpu python -m pytest tests/kernels -m "" runs the kernels on a GPU.
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    # Tests compile far more than they compute; these compile several times faster than the defaults.
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true",
+            "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true",
+            "--xla_cpu_parallel_codegen_split_count=1",
+            "--xla_force_host_platform_device_count=8",
+        ]
+    )
 
 import pathlib
 

@@ -2,18 +2,22 @@
 
     python -m ttt_kernels.bench --output=kernels/measured
 
-Writes DEVICE.json and DEVICE.png there and prints the table. Everything is measured in one run: each shape compiled and
-warmed up first, every time the median of calls that have ended on the device. Where flash-linear-attention is
-installed, its TTT-Linear is timed too.
+Writes DEVICE.json and DEVICE.png there and prints the table. Everything is measured in one run. Each shape has a
+process of its own: all compile beside each other, and when all have, they measure one after the other. Where
+flash-linear-attention is installed, its TTT-Linear is timed too.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.metadata
 import json
+import multiprocessing
+import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -110,15 +114,20 @@ def floor(variant: Variant, batch_size: int, num_tokens: int, rates: Rates, late
 
 
 def median_seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Of `CALLS` calls, after two that compile and warm up."""
-    for _ in range(2):
-        jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(CALLS):
+    """Of a call: the median of `CALLS` timings of 50 ms of calls in a row; where one takes 1 s, that one."""
+
+    def seconds(calls: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        results = [function(*arguments) for _ in range(calls)]
+        jax.block_until_ready(results[-1])
+        return (time.perf_counter() - start) / calls
+
+    jax.block_until_ready(function(*arguments))
+    once = seconds(1)
+    if once > 1:
+        return once
+    in_a_row = min(100, max(1, round(0.05 / once)))
+    return statistics.median(seconds(in_a_row) for _ in range(CALLS))
 
 
 def make_arguments(model: str, batch_size: int, num_tokens: int, num_heads: int) -> tuple[Any, ...]:
@@ -159,18 +168,32 @@ def operation(implementation: str, variant: Variant, *, backward: bool) -> Calla
     return jax.jit(lambda *arguments: jax.grad(total)(arguments))
 
 
-def time_shape(variant: Variant, batch_size: int, num_tokens: int, implementations: Sequence[str]) -> dict[str, Any]:
-    """Milliseconds of each implementation, forward and with the backward pass."""
-    arguments = make_arguments(variant.model, batch_size, num_tokens, HEADS)
-    ms = {
-        name: {
-            part: 1e3 * median_seconds(operation(name, variant, backward=backward), *arguments)
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is timed in a process of its own; the full shape's also measures what belongs to the variant."""
+
+    variant: Variant
+    rows: int
+    tokens: int
+
+    def compile(self, implementations: Sequence[str]) -> Callable[[], dict[str, Any]]:
+        """Returns what measures: milliseconds of each implementation, forward and with the backward pass."""
+        arguments = functools.partial(make_arguments, self.variant.model, self.rows, self.tokens, HEADS)
+        compiled = {
+            (name, part): operation(name, self.variant, backward=backward).lower(*jax.eval_shape(arguments)).compile()
+            for name in implementations
             for part, backward in zip(PASSES, (False, True), strict=True)
         }
-        for name in implementations
-    }
-    shape = {"rows": batch_size, "tokens": num_tokens, "heads": HEADS}
-    return {"variant": dataclasses.asdict(variant), **shape, "ms": ms}
+
+        def measure() -> dict[str, Any]:
+            given = arguments()
+            ms = {
+                name: {part: 1e3 * median_seconds(compiled[name, part], *given) for part in PASSES}
+                for name in implementations
+            }
+            return {**dataclasses.asdict(self), "heads": HEADS, "ms": ms}
+
+        return measure
 
 
 def errors(variant: Variant, implementations: Sequence[str], num_tokens: int = ACCURACY_TOKENS) -> dict[str, Any]:
@@ -200,33 +223,77 @@ def measure_rates() -> Rates:
     return Rates(2 * copied.nbytes / copy, 2 * 8192**3 / product)
 
 
-def measure_latency(variant: Variant) -> float:
-    """Seconds of the forward kernel for each mini-batch of one row and head."""
+def compile_latency(variant: Variant) -> Callable[[], float]:
+    """Returns what measures the seconds of the forward kernel for each mini-batch of one row and head."""
     num_tokens = FULL_SHAPE[1]
-    arguments = make_arguments(variant.model, 1, num_tokens, 1)
-    seconds = median_seconds(operation("pallas", variant, backward=False), *arguments)
-    return seconds / (num_tokens / variant.mini_batch_size)
+    arguments = functools.partial(make_arguments, variant.model, 1, num_tokens, 1)
+    compiled = operation("pallas", variant, backward=False).lower(*jax.eval_shape(arguments)).compile()
+    return lambda: median_seconds(compiled, *arguments()) / (num_tokens / variant.mini_batch_size)
+
+
+_all_compiled: Any
+_device: Any
+
+
+def _share(all_compiled: Any, device: Any) -> None:
+    global _all_compiled, _device
+    _all_compiled, _device = all_compiled, device
+
+
+def _measure(shape: Shape) -> dict[str, Any]:
+    """In a process of its own."""
+    try:
+        measure = shape.compile(IMPLEMENTATIONS)
+        measure_latency = None
+        if (shape.rows, shape.tokens) == FULL_SHAPE:
+            measure_latency, of_variant = compile_latency(shape.variant), errors(shape.variant, IMPLEMENTATIONS)
+        _all_compiled.wait()
+    except BaseException:
+        _all_compiled.abort()
+        raise
+    with _device:
+        found = measure()
+        return found if measure_latency is None else {**found, "errors": of_variant, "latency": measure_latency()}
 
 
 def run() -> dict[str, Any]:
     """All measurements."""
     from tqdm import tqdm
 
-    shapes = [(variant, *FULL_SHAPE) for variant in VARIANTS]
-    shapes += [(variant, 1, tokens) for variant in PLOTTED for tokens in PLOTTED_TOKENS]
+    shapes = [Shape(variant, *FULL_SHAPE) for variant in VARIANTS]
+    shapes += [Shape(variant, 1, tokens) for variant in PLOTTED for tokens in PLOTTED_TOKENS]
+    spawn = multiprocessing.get_context("spawn")
+    shared = spawn.Barrier(len(shapes)), spawn.Lock()
+    # One task each, so that a process returns its device memory to those that wait.
+    with concurrent.futures.ProcessPoolExecutor(len(shapes), spawn, _share, shared, max_tasks_per_child=1) as pool:
+        tasks = [pool.submit(_measure, shape) for shape in shapes]
+        for task in tqdm(concurrent.futures.as_completed(tasks), "shapes", len(tasks), file=sys.stderr):
+            tqdm.write(json.dumps(task.result()), file=sys.stderr)
+    measured = [task.result() for task in tasks]
     result = {
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "rates": dataclasses.asdict(measure_rates()),
-        "latency": {str(variant): measure_latency(variant) for variant in VARIANTS},
-        "errors": {str(variant): errors(variant, IMPLEMENTATIONS) for variant in VARIANTS},
-        "shapes": [time_shape(*shape, IMPLEMENTATIONS) for shape in tqdm(shapes, "shapes", file=sys.stderr)],
+        **{
+            name: {
+                str(shape.variant): found.pop(name)
+                for shape, found in zip(shapes, measured, strict=True)
+                if name in found
+            }
+            for name in ("latency", "errors")
+        },
+        "shapes": measured,
     }
     if fla.is_installed():
-        result["versions"]["flash-linear-attention"] = importlib.metadata.version("flash-linear-attention")
-        for shape in result["shapes"]:
-            if shape["variant"] == dataclasses.asdict(PLOTTED[0]):
-                shape["ms"] |= fla.milliseconds(shape["rows"], shape["tokens"], HEADS)
+        compared = [shape for shape in measured if shape["variant"] == dataclasses.asdict(PLOTTED[0])]
+        try:
+            times = fla.milliseconds([(shape["rows"], shape["tokens"]) for shape in compared], HEADS)
+        except subprocess.CalledProcessError as error:
+            print(f"flash-linear-attention was not timed:\n{error.stderr}", file=sys.stderr)
+            return result
+        result["versions"]["fla-core"] = importlib.metadata.version("fla-core")
+        for shape, ms in zip(compared, times, strict=True):
+            shape["ms"] |= ms
     return result
 
 
@@ -293,6 +360,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for the results")
     options = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the device
     reason = explain(*make_arguments("linear", 1, MINI_BATCH_SIZES[0], 1))
     if "cannot" in reason:
         print(f"error: nothing was measured: {reason.removeprefix('scan; ')}", file=sys.stderr)

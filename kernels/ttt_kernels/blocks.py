@@ -12,14 +12,14 @@ class LinearBlocks:
     Attributes:
         stages: tiles of tokens on their way at once in the forward kernel.
         tiles_per_checkpoint: tiles of 64 tokens between two checkpoints of the weights. Of each mini-batch between
-            them the backward kernel keeps the weights, 8 KiB, beside 140 KiB (C = 16) or 180 KiB (C = 64) of others.
+            them the backward kernel keeps the weights, 8 KiB of global memory for each row and head.
         columns: tokens of a mini-batch that the backward kernel has in registers at once.
         register_operands: left operands go from registers into the forward kernel's products, not through SMEM.
         fused_update: the update of the weights accumulates onto them inside of the forward kernel's product.
     """
 
     stages: int = 2
-    tiles_per_checkpoint: int = 2
+    tiles_per_checkpoint: int = 4
     columns: int = 16
     register_operands: bool = True
     fused_update: bool = True
@@ -30,9 +30,8 @@ class LinearBlocks:
 
     @classmethod
     def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int) -> "LinearBlocks":
-        """For a call: as many tiles between checkpoints as wanted, if SMEM holds the weights of each mini-batch."""
-        at_most = 8 if mini_batch_size == 16 else 5
-        return cls(tiles_per_checkpoint=_tiles(mini_batches_per_checkpoint, mini_batch_size, at_most=at_most))
+        """For a call: as many tiles between checkpoints as wanted."""
+        return cls(tiles_per_checkpoint=_tiles(mini_batches_per_checkpoint, mini_batch_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +59,14 @@ class MLPBlocks:
     @classmethod
     def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int) -> "MLPBlocks":
         """For a call: at C = 16 one stage, so that an SM holds two thread blocks of the forward kernel."""
-        tiles = _tiles(mini_batches_per_checkpoint, mini_batch_size, at_most=16)
+        tiles = _tiles(mini_batches_per_checkpoint, mini_batch_size)
         return cls(stages=1 if mini_batch_size == 16 else 2, tiles_per_checkpoint=tiles)
 
 
-def _tiles(mini_batches: int, mini_batch_size: int, *, at_most: int) -> int:
-    """Whole tiles in `mini_batches`, one at least and no more than `at_most` mini-batches fill."""
-    return max(1, min(mini_batches, at_most) * mini_batch_size // TILE)
+_MOST = 16
+"""Mini-batches between two checkpoints: more would save little, and what the backward kernels keep is to stay in L2."""
+
+
+def _tiles(mini_batches: int, mini_batch_size: int) -> int:
+    """Whole tiles in `mini_batches`, one at least and no more than `_MOST` mini-batches fill."""
+    return max(1, min(mini_batches, _MOST) * mini_batch_size // TILE)

@@ -7,7 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, nvvm
 
 from ttt_kernels import hopper
 
@@ -15,6 +18,8 @@ SLICES = 4
 """Thread blocks of a cluster: slices of 64 of the 256 hidden units."""
 
 AXIS = "slice"
+
+_WARPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,70 +46,162 @@ class Exchange:
 
     def scratch(self) -> list[Any]:
         """What `bind` takes of the kernel's scratch."""
-        transforms = hopper.float32_columns(self.columns)
         everyone: Any = plgpu.ClusterBarrier(collective_axes=(AXIS,))
-        slots = plgpu.SMEM((self.at_once, SLICES, 64, self.columns), jnp.float32, transforms=transforms)
+        slots = plgpu.SMEM((self.at_once, SLICES, 64, self.columns), jnp.float32, transforms=self._transforms)
         if not self.through_gmem:
-            arrived = plgpu.Barrier(num_arrivals=SLICES, num_barriers=self.at_once)
-            return [everyone, slots, arrived]
-        staging = plgpu.SMEM((64, self.columns), jnp.float32, transforms=transforms)
+            return [everyone, slots, plgpu.SMEM((2,), jnp.int32)]  # an mbarrier, see `_Arrivals`
+        staging = plgpu.SMEM((64, self.columns), jnp.float32, transforms=self._transforms)
         return [everyone, slots, everyone, staging, plgpu.Barrier()]
+
+    @property
+    def _transforms(self) -> tuple[Any, Any]:
+        return hopper.float32_columns(self.columns)
 
     def bind(
         self, buffers: Sequence[Any], scratch: Sequence[Any], zero: Callable[[], Any]
     ) -> Callable[..., list[jax.Array]]:
-        """A function of values to their sums over the cluster; `buffers` are `results`, at a row and head.
+        """A function of functions that compute summands, to their sums; `buffers` are `results`, at a row and head.
+
+        A summand is on its way to the other blocks while the next is computed.
 
         `zero` is a `hopper.hidden_zero`.
         """
-        has_read, slots, arrived, *through_gmem = scratch
+        has_read, slots, *rest = scratch
         own = lax.axis_index(AXIS)
-        plgpu.barrier_arrive(has_read)
 
-        def store(part: int, value: jax.Array) -> None:
-            if not self.through_gmem:
-                target, barrier = slots.at[part + zero(), own], arrived.at[part]
+        def through_smem(summands: Sequence[Callable[[], jax.Array]]) -> None:
+            arrivals = _Arrivals(rest[0])
+            parity = arrivals.expect(len(summands) * SLICES * 64 * self.columns * 4)
+            for part, summand in enumerate(summands):
+                arrivals.store(summand(), slots.at[part + zero(), own], self._transforms)
+            arrivals.wait(parity)
 
-                def send(i, carry):
-                    peer = lax.rem(own + i, SLICES)
-                    plgpu.async_store_smem(value, target, barrier, cluster_idx=peer, cluster_dim=AXIS, optimized=False)
-                    return carry
+        def through_gmem(summands: Sequence[Callable[[], jax.Array]]) -> None:
+            arrived, staging, loaded = rest
+            for part, summand in enumerate(summands):
+                staging[...] = summand()
+                hopper.save((staging, buffers[0].at[part, own]))
+            plgpu.barrier_arrive(arrived)
+            plgpu.barrier_wait(arrived)
+            for part in range(len(summands)):
+                hopper.fetch(loaded, (buffers[0].at[part], slots.at[part]))
 
-                lax.fori_loop(0, SLICES + zero(), send, 0)
-                return
-            staging, _ = through_gmem
-            staging[...] = value
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staging, buffers[0].at[part, own])
-            plgpu.wait_smem_to_gmem(0)
-
-        def fetch(part: int) -> None:
-            if not self.through_gmem:
-                plgpu.barrier_wait(arrived.at[part])
-                return
-            _, loaded = through_gmem
-            plgpu.copy_gmem_to_smem(buffers[0].at[part], slots.at[part], loaded)
-            plgpu.barrier_wait(loaded)
-
-        def sums(*values: jax.Array) -> list[jax.Array]:
-            if len(values) > self.at_once:
-                return [sums(value)[0] for value in values]
+        def sums(*summands: Callable[[], jax.Array]) -> list[jax.Array]:
+            if len(summands) > self.at_once:
+                return [sums(summand)[0] for summand in summands]
             plgpu.barrier_wait(has_read)
-            for part, value in enumerate(values):
-                store(part, value)
-            if self.through_gmem:
-                plgpu.barrier_arrive(arrived)
-                plgpu.barrier_wait(arrived)
+            (through_gmem if self.through_gmem else through_smem)(summands)
             found = []
-            for part in range(len(values)):
-                fetch(part)
-                summands = [hopper.load(slots.at[part + zero(), i]) for i in range(SLICES)]
-                found.append((summands[0] + summands[1]) + (summands[2] + summands[3]))
+            for part in range(len(summands)):
+                of_blocks = [hopper.load(slots.at[part + zero(), i]) for i in range(SLICES)]
+                found.append((of_blocks[0] + of_blocks[1]) + (of_blocks[2] + of_blocks[3]))
             plgpu.barrier_arrive(has_read)
             return found
 
+        if not self.through_gmem:
+            _Arrivals(rest[0]).start()
+        plgpu.barrier_arrive(has_read)
         return sums
 
     def finish(self, scratch: Sequence[Any]) -> None:
         """Before a block ends: no other may still be signalling to it."""
         plgpu.barrier_wait(scratch[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrivals:
+    """Stores into the SMEM of all blocks of a cluster, and an mbarrier that counts the bytes which have come.
+
+    `plgpu.async_store_smem` makes each thread that stores announce its bytes to the other block's barrier, which takes
+    a fence over the GPU's memory for each store. Here each block announces to its own barrier what it is going to
+    receive, which takes none.
+
+    Attributes:
+        barrier: `[2]` int32 in SMEM, the 8 bytes of the mbarrier.
+    """
+
+    barrier: Any
+
+    def start(self) -> None:
+        """Once, before any block stores: each block arrives at a cluster barrier after it."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def initialize(_, barrier):
+            first = mgpu.single_thread_predicate(scope=mgpu.ThreadSubset.BLOCK)
+            nvvm.mbarrier_init(_pointer(barrier), mgpu.c(_WARPS, _int32()), predicate=first)
+            mgpu.utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
+            mgpu.warpgroup_barrier()
+
+        initialize(self.barrier)
+
+    def expect(self, num_bytes: int) -> jax.Array:
+        """Announces what all blocks together will store here; returns the parity to wait for, int32."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(),),
+            return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
+        )
+        def announce(_, barrier):
+            # A warp's threads see the barrier's parity before the warp arrives, so before the phase can end.
+            parity = mgpu.utils.inline_ptx(
+                """
+                {
+                    .reg .pred is_odd, is_first;
+                    .reg .b32 lane;
+                    mbarrier.test_wait.parity.shared.b64 is_odd, [$1], 0;
+                    selp.b32 $0, 1, 0, is_odd;
+                    bar.warp.sync 0xffffffff;
+                    mov.u32 lane, %laneid;
+                    setp.eq.u32 is_first, lane, 0;
+                    @is_first mbarrier.arrive.expect_tx.shared.b64 _, [$1], $2;
+                }
+                """,
+                _pointer(barrier),
+                mgpu.c(num_bytes // _WARPS, _int32()),
+                result_types=_int32(),
+                has_side_effects=True,
+                convergent=True,
+            )
+            return mgpu.FragmentedArray.splat(parity, (), is_signed=True)
+
+        return announce(self.barrier)
+
+    def store(self, value: jax.Array, target: Any, transforms: tuple[Any, Any]) -> None:
+        """Into `target` of every block."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(transforms), plgpu.RefType()))
+        def store(_, value, target, barrier):
+            index = ir.IndexType.get()
+            own = gpu.cluster_block_id(gpu.Dimension.x)
+            # Else the compiler packs values into pairs before the product that they come from has ended.
+            value = mgpu.optimization_barrier(value)
+            arrivals = mgpu.BarrierRef(_pointer(barrier), mgpu.c(0, _int32()), None, 1)
+            for i in range(SLICES):
+                peer = arith.remui(arith.addi(own, mgpu.c(i, index)), mgpu.c(SLICES, index))
+                value.store_tiled_async(
+                    target,
+                    arrivals,
+                    cluster_dim=gpu.Dimension.x,
+                    cluster_idx=peer,
+                    swizzle=4 * value.shape[1],
+                    optimized=False,
+                )
+
+        store(value, target, self.barrier)
+
+    def wait(self, parity: jax.Array) -> None:
+        """Until all has come."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+        def wait(_, barrier, parity):
+            nvvm.mbarrier_try_wait_parity(_pointer(barrier), parity.registers.item(), mgpu.c(10_000_000, _int32()))
+
+        wait(self.barrier, parity)
+
+
+def _int32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def _pointer(barrier: Any) -> Any:
+    return mgpu.utils.memref_ptr(barrier)

@@ -20,22 +20,39 @@ def _for_each_feature(x: jax.Array, size: int, axis: int) -> jax.Array:
     return over_columns(x, size) if axis else over_rows(x, size)
 
 
-def mean(x: jax.Array, axis: int = 0) -> jax.Array:
-    """The mean over features, the same for each feature."""
-    return _for_each_feature(x.sum(axis=axis) * (1.0 / x.shape[axis]), x.shape[axis], axis)
+_STACKED = 16
+
+
+def means(*xs: jax.Array, axis: int = 0) -> list[jax.Array]:
+    """Of each, the mean over features, the same for each feature.
+
+    Few tokens' sums over rows are one reduction of all: what it waits for, shuffles and SMEM, costs more than the sums.
+    """
+    size, num_tokens = xs[0].shape[axis], xs[0].shape[1 - axis]
+    if axis or num_tokens > _STACKED:
+        found = [x.sum(axis=axis) for x in xs]
+    else:
+        total = jnp.concatenate(xs, axis=1).sum(axis=0)
+        found = [total[i * num_tokens : (i + 1) * num_tokens] for i in range(len(xs))]
+    return [_for_each_feature(x * (1.0 / size), size, axis) for x in found]
 
 
 def normalize(z: jax.Array, eps: float, axis: int = 0) -> tuple[jax.Array, jax.Array]:
-    """To zero mean and unit variance over features; also 1/std, as z."""
-    centered = z - mean(z, axis)
-    rstd = lax.rsqrt((centered * centered).sum(axis=axis) * (1.0 / z.shape[axis]) + eps)
-    rstd = _for_each_feature(rstd, z.shape[axis], axis)
-    return centered * rstd, rstd
+    """To zero mean and unit variance over features; also 1/std, as z.
+
+    The variance is the mean square without the mean's square, so that both means wait together. The updates leave the
+    mean of a prediction's features as it is, and weights are read in bfloat16: where the mean is so large that float32
+    cancels here, bfloat16 has lost more.
+    """
+    mean, mean_square = means(z, z * z, axis=axis)
+    rstd = lax.rsqrt(jnp.maximum(mean_square - mean * mean, 0.0) + eps)
+    return (z - mean) * rstd, rstd
 
 
 def without_projections(x: jax.Array, normalized: jax.Array, axis: int = 0) -> jax.Array:
     """`x` without its mean and its part along `normalized`: a LayerNorm's derivative, times std."""
-    return x - mean(x, axis) - normalized * mean(x * normalized, axis)
+    mean, along = means(x, x * normalized, axis=axis)
+    return x - mean - normalized * along
 
 
 class InnerGradient(NamedTuple):
@@ -68,11 +85,11 @@ class InnerDerivatives(NamedTuple):
 def back_through_inner_gradient(d_g: jax.Array, inner: InnerGradient, gamma: jax.Array) -> InnerDerivatives:
     """The second derivative of the inner loss, times `d_g`."""
     g, normalized, rstd, error = inner
-    d_h = rstd * d_g
-    d_gy = without_projections(d_h, normalized)
-    gy = gamma * error
-    d_normalized = gamma * gamma * d_gy - d_h * mean(gy * normalized) - gy * mean(d_h * normalized)
-    d_z = without_projections(d_normalized, normalized) - normalized * mean(d_g * g)
+    d_h, gy = rstd * d_g, gamma * error
+    mean, along, of_gy, of_g = means(d_h, d_h * normalized, gy * normalized, d_g * g)
+    d_gy = d_h - mean - normalized * along
+    d_normalized = gamma * gamma * d_gy - d_h * of_gy - gy * along
+    d_z = without_projections(d_normalized, normalized) - normalized * of_g
     return InnerDerivatives(rstd * d_z, -gamma * d_gy, d_gy * (error + gamma * normalized), d_gy * gamma)
 
 

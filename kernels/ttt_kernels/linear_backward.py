@@ -43,29 +43,21 @@ def backward(
         q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, wt_kept_g, b_kept_g, ln_scale_g, ln_bias_g, d_out_g, d_wt_end_g,
         d_b_end_g,
         d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_wt_g, d_b_g, d_ln_scale_g, d_ln_bias_g,
-        q_s, k_s, v_s, d_out_s, d_k_s, g_s, q_tokens_s, k_tokens_s, lr_read_s, lr_update_s, scale_s, d_lr_read_s,
-        d_lr_update_s, d_scale_s, weights_s, biases_s, wt_s, d_wt_s, b_s, ln_scale_s, ln_bias_s, d_wt_operand_s,
+        weights_g, biases_g,
+        q_s, k_s, v_s, d_out_s, g_s, q_tokens_s, k_tokens_s, lr_read_s, lr_update_s, scale_s, d_lr_read_s,
+        d_lr_update_s, d_scale_s, wt_s, d_wt_s, d_wt_operand_s,
         g_operand_s, d_zq_operand_s, d_zk_operand_s, d_zq_s, d_zk_s, g_step_s, mixing_s, d_attention_s,
-        start_barrier, group_barrier, recompute_barrier, tile_barrier,
+        start_barrier, recompute_barrier, tile_barrier,
     ):  # fmt: skip
         row, head = lax.axis_index("row"), lax.axis_index("head")
 
-        hopper.fetch(
-            start_barrier,
-            (scale_g, scale_s),
-            (ln_scale_g.at[head], ln_scale_s),
-            (ln_bias_g.at[head], ln_bias_s),
-            (d_wt_end_g.at[row, head], d_wt_s),
-            (d_b_end_g.at[row, head], b_s),
-        )
-        d_b = load(b_s, ROWS)
-        plgpu.commit_smem()
-        gamma, beta = (over_columns(load(ref, ROWS), n) for ref in (ln_scale_s, ln_bias_s))
+        hopper.fetch(start_barrier, (scale_g, scale_s), (d_wt_end_g.at[row, head], d_wt_s))
+        gamma, beta = (over_columns(load(ref.at[head], ROWS), n) for ref in (ln_scale_g, ln_bias_g))
 
-        def inner_gradient(kept, at):
-            """Of the tokens `at`, under kept weights."""
+        def inner_gradient(b, at):
+            """Of the tokens `at`, under the weights in SMEM."""
             k_b = k_s.at[at].T
-            z = product((D, n), (weights_s.at[kept], k_b)) + over_columns(load(biases_s.at[kept], ROWS), n)
+            z = product((D, n), (wt_s, k_b)) + over_columns(b, n)
             target = load(v_s.at[at].T).astype(f32) - load(k_b).astype(f32)
             return inner.inner_gradient(z, target, gamma, beta, eps)
 
@@ -82,15 +74,16 @@ def backward(
             k_tokens_s[...] = (-k_step).astype(bf16)
 
             def mini_batch(m, weights):
-                kept = j * mini_batches.per_tile + m
-                weights_s.at[kept][...] = weights[0].astype(bf16)
-                biases_s.at[kept][...] = weights[1]
+                kept = (row, head, j * mini_batches.per_tile + m)
+                operand, b_at_start = weights[0].astype(bf16), weights[1]
+                weights_g.at[*kept][...], biases_g.at[*kept][...] = operand, b_at_start
+                wt_s[...] = operand
                 plgpu.commit_smem()
 
                 def update(i, weights):
                     wt, b = weights
                     at = mini_batches.block(m, i)
-                    g = inner_gradient(kept, at).g
+                    g = inner_gradient(b_at_start, at).g
                     g_operand_s.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
                     plgpu.commit_smem()
                     wt = wt + product((D, D), (g_operand_s.at[:, mini_batches.block(0, i)], k_tokens_s.at[at]))
@@ -103,14 +96,17 @@ def backward(
             return weights
 
         def mini_batch(m, j, d_b, d_gamma, d_beta, d_lr_read):
-            kept, tokens = j * mini_batches.per_tile + m, mini_batches.tokens(m)
-            wt, q_tokens, k_tokens = weights_s.at[kept], q_tokens_s.at[tokens], k_tokens_s.at[tokens]
-            lr_read = over_columns(load(lr_read_s, ROWS), n)
+            kept, tokens = (row, head, j * mini_batches.per_tile + m), mini_batches.tokens(m)
+            q_tokens, k_tokens = q_tokens_s.at[tokens], k_tokens_s.at[tokens]
+            wt_s[...], b = load(weights_g.at[*kept]), load(biases_g.at[*kept], ROWS)
+            d_wt_operand_s[...] = load(d_wt_s).astype(bf16)
+            plgpu.commit_smem()
+            step = -over_columns(load(lr_read_s, ROWS), n)
 
             def read_keys(i):
                 """The forward pass again: the inner gradient of a block."""
                 at = mini_batches.block(m, i)
-                keys = inner_gradient(kept, at)
+                keys = inner_gradient(b, at)
                 g_s.at[at].T[...] = keys.g.astype(bf16)
                 g_operand_s.at[:, mini_batches.block(0, i)][...] = keys.g.astype(bf16)
                 return keys
@@ -120,7 +116,6 @@ def backward(
             else:
                 read = None
                 lax.fori_loop(0, mini_batches.num_blocks, lambda i, _: read_keys(i) and None, None)
-            d_wt_operand_s[...] = load(d_wt_s).astype(bf16)
             plgpu.commit_smem()
 
             def back_through_reading(i, carry):
@@ -130,10 +125,9 @@ def backward(
                 is_seen = mini_batches.is_seen(m, i, causal=causal)
                 attention = jnp.where(is_seen, product((TILE, n), (k_s, q_b)) + 1.0, 0.0)
                 by_reader = over_rows(load(scale_s.at[block], COLUMNS))
-                mixing_s.at[:, block][...] = (-attention * by_reader * lr_read).astype(bf16)
+                mixing_s.at[:, block][...] = (attention * by_reader * step).astype(bf16)
                 plgpu.commit_smem()
-                z_q = product((D, n), (wt, q_b), (g_operand_s, mixing_s.at[tokens, block]))
-                z_q = z_q + over_columns(load(biases_s.at[kept], ROWS), n)
+                z_q = product((D, n), (wt_s, q_b), (g_operand_s, mixing_s.at[tokens, block])) + over_columns(b, n)
                 d_out = load(d_out_s.at[at].T).astype(f32)
                 normalized, rstd = inner.normalize(z_q, eps)
                 d_gamma = d_gamma + (d_out * normalized).sum(axis=1)
@@ -142,11 +136,11 @@ def backward(
                 d_zq_s.at[block].T[...] = d_zq.astype(bf16)
                 d_zq_operand_s.at[:, block][...] = d_zq.astype(bf16)
                 plgpu.commit_smem()
-                d_mixing = jnp.where(is_seen, -product((TILE, n), (g_s, d_zq_s.at[block].T)), 0.0)
+                d_mixing = jnp.where(is_seen, product((TILE, n), (g_s, d_zq_s.at[block].T)), 0.0)
                 d_steps = d_mixing * attention
-                d_lr_read = d_lr_read + (d_steps * by_reader).sum(axis=1)
-                d_scale_s.at[at][...] = (d_steps * lr_read).sum(axis=0)
-                d_attention_s.at[:, block][...] = (d_mixing * by_reader * lr_read).astype(bf16)
+                d_lr_read = d_lr_read - (d_steps * by_reader).sum(axis=1)
+                d_scale_s.at[at][...] = (d_steps * step).sum(axis=0)
+                d_attention_s.at[:, block][...] = (d_mixing * by_reader * step).astype(bf16)
                 return d_b + d_zq.sum(axis=1), d_gamma, d_beta, d_lr_read
 
             next_d_b, d_gamma, d_beta, d_lr_read = mini_batches.over_blocks(
@@ -156,7 +150,7 @@ def backward(
             def back_through_update(i, carry):
                 next_d_b, d_gamma, d_beta = carry
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                keys = inner_gradient(kept, at) if read is None else read
+                keys = inner_gradient(b, at) if read is None else read
                 g = keys.g
                 lr_update = over_rows(load(lr_update_s.at[at], COLUMNS))
                 d_step = product((D, n), (d_wt_operand_s, k_s.at[at].T)) + over_columns(d_b, n)
@@ -169,15 +163,15 @@ def backward(
                 d_zk_operand_s.at[:, block][...] = d.d_z.astype(bf16)
                 plgpu.commit_smem()
                 # Back to the tokens.
-                d_q = product((D, n), (wt.T, d_zq_s.at[block].T), (k_tokens.T, d_attention_s.at[tokens, block]))
+                d_q = product((D, n), (wt_s.T, d_zq_s.at[block].T), (k_tokens.T, d_attention_s.at[tokens, block]))
                 d_out_s.at[at].T[...] = (load(d_out_s.at[at].T).astype(f32) + d_q).astype(bf16)
                 d_k = product(
                     (D, n),
                     (q_tokens.T, d_attention_s.at[at].T),
                     (d_wt_operand_s.T, g_step_s.at[block].T),
-                    (wt.T, d_zk_s.at[block].T),
+                    (wt_s.T, d_zk_s.at[block].T),
                 )
-                d_k_s.at[at].T[...] = (d_k - d.d_target).astype(bf16)
+                k_s.at[at].T[...] = (d_k - d.d_target).astype(bf16)
                 v_s.at[at].T[...] = d.d_target.astype(bf16)
                 return next_d_b + d.d_z.sum(axis=1), d_gamma, d_beta
 
@@ -210,7 +204,7 @@ def backward(
             d_lr_read_s[...] = d_lr_read
             hopper.save(
                 (d_out_s, d_q_g.at[row, tokens, head]),
-                (d_k_s, d_k_g.at[row, tokens, head]),
+                (k_s, d_k_g.at[row, tokens, head]),
                 (v_s, d_v_g.at[row, tokens, head]),
                 (d_lr_read_s, d_lr_read_g.at[row, head, tokens]),
                 (d_lr_update_s, d_lr_update_g.at[row, head, tokens]),
@@ -222,21 +216,16 @@ def backward(
             at = num_groups - 1 - i
             first = at * blocks.tiles_per_checkpoint
             count = per_group if num_tiles % per_group == 0 else jnp.minimum(per_group, num_tiles - first)
-            hopper.fetch(group_barrier, (wt_kept_g.at[row, head, at], wt_s), (b_kept_g.at[row, head, at], b_s))
-            weights = load(wt_s), load(b_s, ROWS)
-            plgpu.commit_smem()
+            weights = load(wt_kept_g.at[row, head, at]), load(b_kept_g.at[row, head, at], ROWS)
             lax.fori_loop(0, count, lambda j, weights: recompute(first, j, weights), weights)
             return lax.fori_loop(0, count, lambda j, carry: tile(first, count - 1 - j, carry), carry)
 
+        d_b = load(d_b_end_g.at[row, head], ROWS)
         nothing = jnp.zeros_like(d_b)
         d_b, d_gamma, d_beta = lax.fori_loop(0, num_groups, group, (d_b, nothing, nothing))
-        b_s[...], ln_scale_s[...], ln_bias_s[...] = d_b, d_gamma, d_beta
-        hopper.save(
-            (d_wt_s, d_wt_g.at[row, head]),
-            (b_s, d_b_g.at[row, head]),
-            (ln_scale_s, d_ln_scale_g.at[row, head]),
-            (ln_bias_s, d_ln_bias_g.at[row, head]),
-        )
+        for value, target in ((d_b, d_b_g), (d_gamma, d_ln_scale_g), (d_beta, d_ln_bias_g)):
+            target.at[row, head][...] = value
+        hopper.save((d_wt_s, d_wt_g.at[row, head]))
 
     tokens = plgpu.SMEM((TILE, D), bf16, transforms=hopper.OVER_FEATURES)
     over_tokens = hopper.over_tokens(n)
@@ -244,30 +233,36 @@ def backward(
     operand = plgpu.SMEM((D, c), bf16, transforms=over_tokens)
     right_operand = plgpu.SMEM((c, D), bf16, transforms=hopper.OVER_FEATURES)
     pairs = plgpu.SMEM((TILE, c), bf16, transforms=over_tokens)
-    steps, vector = plgpu.SMEM((TILE,), f32), plgpu.SMEM((D,), f32)
+    steps = plgpu.SMEM((TILE,), f32)
     kept = per_group * mini_batches.per_tile
     rows = (batch_size, num_heads)
     shape = jax.ShapeDtypeStruct
     of_tokens, of_steps, of_vectors = shape(q.shape, bf16), shape(lr_read.shape, f32), shape(d_b.shape, f32)
-    return plgpu.kernel(
+    results = plgpu.kernel(
         body,
-        out_type=(*(of_tokens,) * 3, *(of_steps,) * 3, shape(d_wt.shape, f32), *(of_vectors,) * 3),
+        out_type=(
+            *(of_tokens,) * 3,
+            *(of_steps,) * 3,
+            shape(d_wt.shape, f32),
+            *(of_vectors,) * 3,
+            shape((*rows, kept, D, D), bf16),
+            shape((*rows, kept, D), f32),
+        ),
         grid=rows,
         grid_names=("row", "head"),
         scratch_types=[
-            *(tokens,) * 6,
+            *(tokens,) * 5,
             *(source_tokens,) * 2,
             *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps),
-            plgpu.SMEM((kept, D, D), bf16, transforms=hopper.OVER_FEATURES),
-            plgpu.SMEM((kept, D), f32),
-            *(plgpu.SMEM((D, D), f32, transforms=hopper.FLOAT32) for _ in range(2)),
-            *(vector,) * 3,
+            plgpu.SMEM((D, D), bf16, transforms=hopper.OVER_FEATURES),
+            plgpu.SMEM((D, D), f32, transforms=hopper.FLOAT32),
             plgpu.SMEM((D, D), bf16, transforms=hopper.OVER_FEATURES),
             *(operand,) * 3,
             *(right_operand,) * 3,
             *(pairs,) * 2,
-            *(plgpu.Barrier(num_arrivals=n) for n in (5, 2, 3, 8)),
+            *(plgpu.Barrier(num_arrivals=n) for n in (2, 3, 8)),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(q, k, v, lr_read, lr_update, scale, wt_kept, b_kept, ln_scale, ln_bias, d_out, d_wt, d_b)
+    return results[:-2]

@@ -110,7 +110,7 @@ def backward(
             z1 = product((D, n), (s.w1, k_b)) + over_columns(b1, n)
             s.x.at[at].T[...] = inner.gelu(z1).astype(bf16)
             plgpu.commit_smem()
-            (z2,) = sums(product((D, n), (s.w2, s.x.at[at].T)))
+            (z2,) = sums(lambda: product((D, n), (s.w2, s.x.at[at].T)))
             target = load(s.v.at[at].T).astype(f32) - load(k_b).astype(f32)
             keys = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps)
             s.g2.at[at].T[...] = keys.g.astype(bf16)
@@ -173,7 +173,7 @@ def backward(
             b1, b2 = (load(biases_g.at[*kept, i], ROWS) for i in range(2))
             s.d_w1_operand[...], s.d_w2_operand[...] = load(s.d_w1).astype(bf16), load(s.d_w2).astype(bf16)
             plgpu.commit_smem()
-            lr_read = over_columns(load(lr_read_s, ROWS), n)
+            step = -over_columns(load(lr_read_s, ROWS), n)
             if mini_batches.num_blocks == 1:
                 read = read_keys(s, mini_batches.block(m, 0), b1, b2)
             else:
@@ -195,15 +195,15 @@ def backward(
                 by_reader = over_rows(load(scale_s.at[block], COLUMNS))
                 # The forward pass again.
                 attention1 = jnp.where(is_seen, product((TILE, n), (s.k, q_b)) + 1.0, 0.0)
-                s.mixing1.at[:, block][...] = (-attention1 * by_reader * lr_read).astype(bf16)
+                s.mixing1.at[:, block][...] = (attention1 * by_reader * step).astype(bf16)
                 plgpu.commit_smem()
                 z1 = product((D, n), (s.w1, q_b), (s.g1.at[tokens].T, s.mixing1.at[tokens, block]))
                 z1 = z1 + over_columns(b1, n)
                 x_q[...] = inner.gelu(z1).astype(bf16)
                 plgpu.commit_smem()
-                attention2, z2 = sums(product((TILE, n), (s.x, x_q)), product((D, n), (s.w2, x_q)))
+                attention2, z2 = sums(lambda: product((TILE, n), (s.x, x_q)), lambda: product((D, n), (s.w2, x_q)))
                 attention2 = jnp.where(is_seen, attention2 + 1.0, 0.0)
-                s.mixing2.at[:, block][...] = (-attention2 * by_reader * lr_read).astype(bf16)
+                s.mixing2.at[:, block][...] = (attention2 * by_reader * step).astype(bf16)
                 plgpu.commit_smem()
                 z2 = z2 + product((D, n), (s.g2.at[tokens].T, s.mixing2.at[tokens, block])) + over_columns(b2, n)
                 # Back through layer 2.
@@ -214,20 +214,20 @@ def backward(
                 d_z2 = rstd * inner.without_projections(d_out * gamma, normalized)
                 d_z2_q[...] = d_z2.astype(bf16)
                 plgpu.commit_smem()
-                d_mixing2 = jnp.where(is_seen, -product((TILE, n), (s.g2, d_z2_q)), 0.0)
-                s.d_attention2.at[:, block][...] = (d_mixing2 * by_reader * lr_read).astype(bf16)
+                d_mixing2 = jnp.where(is_seen, product((TILE, n), (s.g2, d_z2_q)), 0.0)
+                s.d_attention2.at[:, block][...] = (d_mixing2 * by_reader * step).astype(bf16)
                 plgpu.commit_smem()
                 # Back through layer 1.
                 d_x = product((D, n), (s.w2.T, d_z2_q), (s.x.at[tokens].T, s.d_attention2.at[tokens, block]))
                 d_z1 = d_x * inner.gelu_gradient(z1)
                 d_z1_q[...] = d_z1.astype(bf16)
                 plgpu.commit_smem()
-                d_mixing1 = jnp.where(is_seen, -product((TILE, n), (s.g1, d_z1_q)), 0.0)
-                s.d_attention1.at[:, block][...] = (d_mixing1 * by_reader * lr_read).astype(bf16)
+                d_mixing1 = jnp.where(is_seen, product((TILE, n), (s.g1, d_z1_q)), 0.0)
+                s.d_attention1.at[:, block][...] = (d_mixing1 * by_reader * step).astype(bf16)
                 # Each slice has its part of layer 1's, and a share of layer 2's, which all have.
                 d_steps = d_mixing1 * attention1 + d_mixing2 * attention2 * (1.0 / SLICES)
-                d_lr_read = d_lr_read + (d_steps * by_reader).sum(axis=1)
-                d_scale_s.at[at][...] = (d_steps * lr_read).sum(axis=0)
+                d_lr_read = d_lr_read - (d_steps * by_reader).sum(axis=1)
+                d_scale_s.at[at][...] = (d_steps * step).sum(axis=0)
                 return d_b1 + d_z1.sum(axis=1), d_b2 + d_z2.sum(axis=1), d_gamma, d_beta, d_lr_read
 
             *carry, d_lr_read = mini_batches.over_blocks(back_through_reading, (d_b1, d_b2, d_gamma, d_beta, d_lr_read))
@@ -247,7 +247,9 @@ def backward(
                 s.d_u.T[...] = (d_g1 * slope).astype(bf16)
                 plgpu.commit_smem()
                 # Back through the step of layer 2 and its inner gradient.
-                d_step2, d_g2 = sums(product((D, n), (s.d_w2_operand, s.x.at[at].T)), product((D, n), (s.w2, s.d_u.T)))
+                d_step2, d_g2 = sums(
+                    lambda: product((D, n), (s.d_w2_operand, s.x.at[at].T)), lambda: product((D, n), (s.w2, s.d_u.T))
+                )
                 d_step2 = d_step2 + over_columns(d_b2, n)
                 d_lr = (g1 * d_step1).sum(axis=0) + (keys.g * d_step2).sum(axis=0) * (1.0 / SLICES)
                 d_lr_update_s.at[at][...] = -d_lr
@@ -268,13 +270,13 @@ def backward(
                 plgpu.commit_smem()
                 # Back to the tokens and the weights.
                 d_k, d_q = sums(
-                    product(
+                    lambda: product(
                         (D, n),
                         (q_t, s.d_attention1.at[at].T),
                         (s.d_w1_operand.T, s.g1_step.T),
                         (s.w1.T, s.d_z1.T),
                     ),
-                    product((D, n), (s.w1.T, s.d_z1_q.at[block].T), (k_t, s.d_attention1.at[tokens, block])),
+                    lambda: product((D, n), (s.w1.T, s.d_z1_q.at[block].T), (k_t, s.d_attention1.at[tokens, block])),
                 )
                 s.d_out.at[at].T[...] = (load(s.d_out.at[at].T).astype(f32) + d_q).astype(bf16)
                 s.d_k.at[at].T[...] = (d_k - d.d_target).astype(bf16)

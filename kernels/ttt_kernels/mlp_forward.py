@@ -128,7 +128,7 @@ def forward(
                 z1 = product((D, n), (s.w1, k_b)) + over_columns(b1, n)
                 s.x.at[at].T[...] = inner.gelu(z1).astype(bf16)
                 plgpu.commit_smem()
-                (z2,) = sums(product((D, n), (s.w2, s.x.at[at].T)))
+                (z2,) = sums(lambda: product((D, n), (s.w2, s.x.at[at].T)))
                 target = load(v_t.at[at].T).astype(f32) - load(k_b).astype(f32)
                 g2 = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps).g
                 lr = over_rows(load(lr_update_s.at[slot, at], COLUMNS))
@@ -156,7 +156,7 @@ def forward(
                 z1 = product((D, n), (s.w1, q_b), (s.g1, s.mixing1.at[tokens])) + over_columns(b1, n)
                 s.x_q[...] = inner.gelu(z1).astype(bf16)
                 plgpu.commit_smem()
-                attention, z2 = sums(product((TILE, n), (s.x, s.x_q)), product((D, n), (s.w2, s.x_q)))
+                attention, z2 = sums(lambda: product((TILE, n), (s.x, s.x_q)), lambda: product((D, n), (s.w2, s.x_q)))
                 s.mixing2[...] = _mixing(attention, steps)
                 plgpu.commit_smem()
                 z2 = z2 + product((D, n), (s.g2, s.mixing2.at[tokens])) + over_columns(b2, n)

@@ -58,7 +58,7 @@ def test_the_table_and_the_files(result, tmp_path):
 def test_the_measurements_run_wherever_the_scan_does(monkeypatch, variant):
     monkeypatch.setattr(bench, "HEADS", 2)
     monkeypatch.setattr(bench, "CALLS", 1)
-    measured = bench.time_shape(variant, 1, 32, ["scan"])
+    measured = bench.Shape(variant, 1, 32).compile(["scan"])()
     assert measured["rows"] == 1
     assert all(ms > 0 for ms in measured["ms"]["scan"].values())
     error = bench.errors(variant, ["scan"], num_tokens=64)["scan"]

@@ -1,5 +1,6 @@
-"""The GPU kernels in JAX's interpreter of the GPU, against the scan in float64, races detected."""
+"""The GPU kernels against the scan in float64: on a GPU where JAX has one, else interpreted, races detected."""
 
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -41,18 +42,30 @@ LINEAR, MLP = (
 )
 
 
+ON_GPU = jax.default_backend() == "gpu"
+without_gpu = pytest.mark.skipif(ON_GPU, reason="about devices that are no GPU")
+
+
 @pytest.fixture(autouse=True)
 def float64():
     """For all threads: the interpreter compiles in threads of its own."""
     jax.config.update("jax_enable_x64", True)
-    yield
+    with jax.default_matmul_precision("highest"):
+        yield
     jax.config.update("jax_enable_x64", False)
+
+
+@contextlib.contextmanager
+def a_gpu(*, detect_races=True):
+    """The real one, or the interpreted one."""
+    with contextlib.nullcontext() if ON_GPU else ttt_kernels.interpreted(detect_races=detect_races):
+        yield
 
 
 @pytest.fixture
 def gpu(capfd):
-    """The interpreted GPU; fails when memory was reached without a barrier's order."""
-    with ttt_kernels.interpreted(detect_races=True):
+    """`a_gpu`; interpreted, it fails when memory was reached without a barrier's order."""
+    with a_gpu():
         yield
     assert "race" not in capfd.readouterr().out.lower()
 
@@ -110,7 +123,7 @@ def test_outputs_and_state_after_more_tiles_than_are_on_their_way_at_once(gpu):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", LINEAR + MLP, ids=str)
 def test_outputs_and_state_after_8192_tokens(variant):
-    with ttt_kernels.interpreted():
+    with a_gpu(detect_races=False):
         check_forward(variant, 8192)
 
 
@@ -247,7 +260,7 @@ def test_training_that_began_with_scan_continues_with_the_kernels(gpu, monkeypat
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
     assert not calls
     loss, gradients = jax.jit(lambda params: update(params))(params)
-    monkeypatch.setattr(pallas, "FASTER_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(pallas, "FASTER_ON", frozenset({jax.devices()[0].device_kind}))
     kernel_loss, kernel_gradients = jax.jit(lambda params: update(params))(params)
     assert calls
     np.testing.assert_allclose(kernel_loss, loss, rtol=1e-3)
@@ -255,6 +268,7 @@ def test_training_that_began_with_scan_continues_with_the_kernels(gpu, monkeypat
     assert_close(flat, exact, GRADIENT)
 
 
+@without_gpu
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -279,12 +293,14 @@ def test_what_the_kernels_cannot_take_is_told_and_left_to_the_scan(changes, mess
     np.testing.assert_array_equal(out, operation(params, *tokens, **arguments)[0])
 
 
+@without_gpu
 def test_arrays_that_a_mesh_splits_are_told_to_use_shard_map(monkeypatch):
     monkeypatch.setattr(ttt_jax.devices, "compute_capability", lambda: (9, 0))
     with jax.set_mesh(jax.make_mesh((8,), ("data",))):
         assert "call it inside jax.shard_map" in ttt_jax.explain(make_params(), *make_tokens(32))
 
 
+@without_gpu
 def test_explain_says_what_none_takes(monkeypatch):
     arguments = (make_params(), *make_tokens(32))
     assert "scan; the kernels cannot take this call: the default device is no CUDA GPU" in ttt_jax.explain(*arguments)
@@ -320,6 +336,7 @@ def test_the_kernel_itself_names_a_wrong_argument():
         ttt_kernels.ttt_mlp(q, k, v, lr, lr, scale, *weights, *weights, *ln)
 
 
+@without_gpu
 def test_too_few_threads_are_an_error_where_blocks_would_wait_forever(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr(jax, "devices", lambda backend: [None])

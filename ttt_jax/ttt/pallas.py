@@ -71,8 +71,8 @@ def _is_step(call: Call) -> bool:
 class _Part(NamedTuple):
     """Consecutive tokens of each row."""
 
-    start: jax.Array  # [B] int32, token of the call
-    length: jax.Array  # [B] int32
+    start: jax.Array | None  # [B] int32, token of the call; None: every row's first
+    length: jax.Array | None  # [B] int32; None: `size` in every row
     size: int  # tokens at most
 
 
@@ -82,26 +82,28 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
         return _step(call)
     c, (batch_size, num_tokens) = call.mini_batch_size, call.q.shape[:2]
     state = fresh_state(call.params, batch_size) if call.state is None else call.state
-    lengths, parts = call.lengths, []
-    start = jnp.zeros(batch_size, jnp.int32)
     if not call.causal:
-        everything = _Part(start, lengths, -(-num_tokens // c) * c)
-        state = commit_pending(state, call.token_scale)
-        out, state = _whole_mini_batches(_call_of(call, everything, state), state)
-        return _joined([(everything, out)], num_tokens), state
+        whole = num_tokens % c == 0 and call.length is None
+        everything = _Part(None, None if whole else call.lengths, -(-num_tokens // c) * c)
+        out, state = _whole_mini_batches(call, everything, commit_pending(state, call.token_scale))
+        return _joined(call, [(everything, out)]), state
+    lengths, start, parts = call.lengths, jnp.zeros(batch_size, jnp.int32), []
     if call.state is not None:
-        completing = _Part(start, jnp.minimum(-state.count % c, lengths), c)
+        completing = _Part(None, jnp.minimum(-state.count % c, lengths), c)
         out, state = scan.ttt(_call_of(call, completing, state))
         parts.append((completing, out))
         start = completing.length
     whole = _Part(start, (lengths - start) // c * c, num_tokens // c * c)
-    out, state = _whole_mini_batches(_call_of(call, whole, state), state)
+    end = whole.start + whole.length
+    if call.state is None and call.length is None:
+        whole = _Part(None, None, whole.size)
+    out, state = _whole_mini_batches(call, whole, state)
     parts.append((whole, out))
     if call.state is not None or call.length is not None or num_tokens % c:
-        rest = _Part(start + whole.length, lengths - start - whole.length, c)
+        rest = _Part(end, lengths - end, c)
         out, state = scan.ttt(_call_of(call, rest, state))
         parts.append((rest, out))
-    return _joined(parts, num_tokens), state
+    return _joined(call, parts), state
 
 
 def _step(call: Call) -> tuple[jax.Array, TTTState]:
@@ -148,18 +150,18 @@ def _step_kernel(call: Call) -> tuple[jax.Array, TTTState]:
     return out, TTTState(weights, gradient, jnp.where(ends, 0, count))
 
 
-def _whole_mini_batches(call: Call, state: TTTState) -> tuple[jax.Array, TTTState]:
+def _whole_mini_batches(call: Call, part: _Part, state: TTTState) -> tuple[jax.Array, TTTState]:
     import ttt_kernels
 
     operation: Any = ttt_kernels.ttt_linear
     block_sizes: Any = ttt_kernels.LinearBlocks
     if isinstance(call.params, TTTMLPParams):
         operation, block_sizes = ttt_kernels.ttt_mlp, ttt_kernels.MLPBlocks
+    # In bfloat16 before anything moves, which halves what does.
+    q, k, v = (x.astype(jnp.bfloat16) for x in (call.q, call.k, call.v))
+    call = _call_of(call._replace(q=q, k=k, v=v), part, state)
     out, *weights = operation(
-        *(x.astype(jnp.bfloat16) for x in (call.q, call.k, call.v)),
-        call.lr,
-        call.lr * call.token_scale[-1],
-        call.token_scale,
+        *(call.q, call.k, call.v, call.lr, call.lr * call.token_scale[-1], call.token_scale),
         *state.weights,
         call.params.ln_scale,
         call.params.ln_bias,
@@ -167,31 +169,41 @@ def _whole_mini_batches(call: Call, state: TTTState) -> tuple[jax.Array, TTTStat
         eps=call.eps,
         blocks=block_sizes.choose(call.mini_batch_size, call.remat_every),
     )
-    return out.astype(call.q.dtype), state._replace(weights=tuple(weights))
+    return out, state._replace(weights=tuple(weights))
 
 
 def _call_of(call: Call, part: _Part, state: TTTState) -> Call:
     """The part of each row as a call of its own."""
-    real = jnp.arange(part.size, dtype=jnp.int32)[None] < part.length[:, None]
-    q, k, v, lr = (_tokens_of(x, part, real) for x in (call.q, call.k, call.v, call.lr))
+    q, k, v, lr = (_tokens_of(x, part) for x in (call.q, call.k, call.v, call.lr))
     return call._replace(q=q, k=k, v=v, lr=lr, state=state, length=part.length)
 
 
-def _tokens_of(x: jax.Array, part: _Part, real: jax.Array) -> jax.Array:
+def _tokens_of(x: jax.Array, part: _Part) -> jax.Array:
     """`[B, T, ...]` to the tokens of a part, zero behind its length."""
     trailing = (1,) * (x.ndim - 2)
-    at = jnp.where(real, part.start[:, None] + jnp.arange(part.size, dtype=jnp.int32)[None], 0)
-    taken = jnp.take_along_axis(x, at.reshape(*at.shape, *trailing), axis=1, mode="promise_in_bounds")
-    return jnp.where(real.reshape(*real.shape, *trailing), taken, 0)
+    at = jnp.arange(part.size, dtype=jnp.int32)[None]
+    real = None if part.length is None else at < part.length[:, None]
+    if part.start is None:
+        taken = jnp.pad(x[:, : part.size], ((0, 0), (0, max(0, part.size - x.shape[1])), *((0, 0) for _ in trailing)))
+    else:
+        at = jnp.where(real, part.start[:, None] + at, 0)
+        taken = jnp.take_along_axis(x, at.reshape(*at.shape, *trailing), axis=1, mode="promise_in_bounds")
+    return taken if real is None else jnp.where(real.reshape(*real.shape, *trailing), taken, 0)
 
 
-def _joined(parts, num_tokens: int) -> jax.Array:
+def _joined(call: Call, parts: list[tuple[_Part, jax.Array]]) -> jax.Array:
     """Each token's output from the part that it is in; zero where it is in none."""
+    dtype, num_tokens = call.q.dtype, call.q.shape[1]
+    (part, out), *others = parts
+    if not others and part.length is None:
+        return out[:, :num_tokens].astype(dtype)
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)[None]
-    joined = jnp.zeros((), parts[0][1].dtype)
+    joined = jnp.zeros((), dtype)
     for part, out in parts:
-        at = tokens - part.start[:, None]
-        inside = (at >= 0) & (at < part.length[:, None])
+        start = jnp.zeros((1, 1), jnp.int32) if part.start is None else part.start[:, None]
+        length = part.size if part.length is None else part.length[:, None]
+        at = tokens - start
+        inside = (at >= 0) & (at < length)
         taken = jnp.take_along_axis(out, jnp.where(inside, at, 0)[:, :, None, None], axis=1, mode="promise_in_bounds")
-        joined = jnp.where(inside[:, :, None, None], taken, joined)
+        joined = jnp.where(inside[:, :, None, None], taken.astype(dtype), joined)
     return joined
