@@ -21,6 +21,16 @@ def video_dit_params(config: VideoDiTConfig, tensors: Tensors) -> dict[str, Any]
     return make_params(ttt_video_dit_table(config), tensors)
 
 
+def state_dict(tensors: Tensors) -> dict[str, Any]:
+    """The tensors without what their names begin with when the model is part of something, such as "model.".
+
+    What does not begin so is not the model's, an optimizer's state for example, and is left out.
+    """
+    known = "patch_embedding.text_proj.weight"
+    prefix = next((name.removesuffix(known) for name in tensors if name.endswith(known)), "")
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
 def ttt_video_dit_table(config: VideoDiTConfig) -> Table:
     """Every parameter of `VideoDiT(config)`, by the names of ttt-video-dit's state_dict."""
     c = config

@@ -59,7 +59,8 @@ class NormedAttention(nn.Module):
 
         def heads(name: str) -> Parts:
             dense = nn.Dense(width, dtype=self.dtype, param_dtype=param_dtype, name=name)
-            return {key: dense(x).reshape(*x.shape[:-1], self.num_heads, -1) for key, x in parts.items()}
+            shape = (self.num_heads, width // self.num_heads)
+            return {key: dense(x).reshape(*x.shape[:-1], *shape) for key, x in parts.items()}
 
         q = jax.tree.map(LayerNorm(name="q_norm"), heads("q"))
         k = jax.tree.map(LayerNorm(name="k_norm"), heads("k"))

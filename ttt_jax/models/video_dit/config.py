@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ttt_jax.layers.ttt import TTTConfig
-from ttt_jax.models.video_dit.published import cogvideox_fields, ttt_video_dit_fields
+from ttt_jax.models.video_dit.published import as_cogvideox, cogvideox_fields, ttt_video_dit_fields
 
 Layer = Literal["ttt_linear", "ttt_mlp"]
 
@@ -128,10 +128,14 @@ class VideoDiTConfig:
 
     def to_ttt_video_dit(self) -> dict[str, Any]:
         """The metadata that `from_ttt_video_dit` reads, JSON-serializable; dtype and remat are not part of it."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("dtype", "remat")}
+        return {name: getattr(self, name) for name in _field_types()}
+
+    def to_cogvideox(self) -> dict[str, Any]:
+        """The config.json of a CogVideoX transformer that diffusers reads; it has no fields for scenes and TTT."""
+        return as_cogvideox(self.to_ttt_video_dit())
 
     @property
-    def ttt(self) -> TTTConfig:
+    def ttt_config(self) -> TTTConfig:
         """The config of its TTT layers."""
         kind = "mlp" if self.ssm_layer == "ttt_mlp" else "linear"
         options = {"mini_batch_size": self.mini_batch_size, "base_lr": self.ttt_base_lr, "rope_theta": self.rope_theta}

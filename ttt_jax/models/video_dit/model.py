@@ -3,6 +3,7 @@
 Attention is local to a scene; TTT layers read all scenes in both directions.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -120,13 +121,7 @@ class Block(nn.Module):
             return scenes.attend_scenes(q, k, v, stride=c.attn_length, shared=c.prefix_temporal_length, rope=rope)
 
         parts = NormedAttention(c.num_heads, dtype, name="self_attn")(parts, attend)
-        sizes = (*parts["text"].shape[1:3], *parts["video"].shape[1:4])
-        ttt, positions = TTTLayer(c.ttt, dtype=dtype, name="ttt"), scenes.reading_positions(*sizes)
-
-        def learn(parts: Parts) -> Parts:
-            y, _ = ttt(scenes.interleave(parts), positions=positions)
-            return scenes.undo_interleave(y, parts)
-
+        learn = functools.partial(scenes.read_scenes, TTTLayer(c.ttt_config, dtype=dtype, name="ttt"))
         return gated_passes(self, learn, parts, scenes.reverse, c.gating_alpha_init)
 
 

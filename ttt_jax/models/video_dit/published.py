@@ -88,6 +88,13 @@ def cogvideox_fields(raw: Mapping[str, Any], types: FieldTypes) -> dict[str, Any
     return chosen
 
 
+def as_cogvideox(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What diffusers reads, of this model's fields."""
+    named = {theirs: fields[ours] for theirs, ours in _COGVIDEOX.items()}
+    named |= {"attention_head_dim": fields["model_dim"] // fields["num_heads"], "out_channels": fields["in_channels"]}
+    return {"_class_name": "CogVideoXTransformer3DModel", "norm_eps": 1e-6} | named | _COGVIDEOX_FIXED
+
+
 def _read(name: str, value: Any, types: FieldTypes) -> Any:
     if name not in types:
         close = difflib.get_close_matches(name, types, n=1)

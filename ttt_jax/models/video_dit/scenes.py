@@ -11,6 +11,7 @@ from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.attention import flash
 from ttt_jax.layers.attention.bidirectional import attend_real, cut, summed
 from ttt_jax.layers.rope import RotaryEmbedding, rotate_3d
+from ttt_jax.layers.ttt import TTTLayer
 from ttt_jax.layers.two_way import Parts
 
 
@@ -52,10 +53,20 @@ def grid_positions(frames: int, height: int, width: int) -> jax.Array:
     return jnp.stack([axis.reshape(-1) for axis in axes], axis=-1)
 
 
-def reading_positions(num_scenes: int, text_length: int, frames: int, height: int, width: int) -> jax.Array:
-    """What TTT rotates the interleaved tokens by, int32 `[1, T, 3]`: frames counted through, text at 0."""
-    video = grid_positions(frames, height, width).reshape(1, frames, height, width, 3)
-    return interleave({"text": jnp.zeros((1, num_scenes, text_length, 3), jnp.int32), "video": video})
+def read_scenes(ttt: TTTLayer, parts: Parts) -> Parts:
+    """TTT over all scenes as `interleave` orders them, parts `[..., width]` to such.
+
+    Step sizes are made of the interleaved tokens, so each stays with its token. Video is rotated by its place, frames
+    counted through all scenes; text is not.
+    """
+    _, num_scenes, text_length, _ = parts["text"].shape
+    grid = parts["video"].shape[1:4]
+    positions = {
+        "text": jnp.zeros((1, num_scenes, text_length, 3), jnp.int32),
+        "video": grid_positions(*grid).reshape(1, *grid, 3),
+    }
+    y, _ = ttt(interleave(parts), positions=interleave(positions))
+    return undo_interleave(y, parts)
 
 
 def interleave(parts: Parts) -> jax.Array:
