@@ -77,7 +77,7 @@ def plan(kind: str, name: str, options: Options, *, dtype: str | None = None, tt
     source = open_source(kind, name, options)
     check_tensors(source.table.shapes, source.tensors)
     _check_floating(source)
-    config = source.config
+    config: Any = source.config
     if ttt is not None:
         if not isinstance(config, MoshiConfig):
             raise ValueError(f"--ttt: TTT layers go into a Moshi, --source is {kind}")

@@ -110,8 +110,8 @@ class TTTBidirectional(nn.Module):
 
         def attend(q: Parts, k: Parts, v: Parts) -> Parts:
             options = {"segment": self.segment, "overlap": self.overlap, "rope": RotaryEmbedding(c.rope_theta)}
-            (q, k, v) = (part["audio"] for part in (q, k, v))
-            return {"audio": segment_attention(q, k, v, causal=False, length=length, **options)[0]}
+            heads = (part["audio"] for part in (q, k, v))
+            return {"audio": segment_attention(*heads, causal=False, length=length, **options)[0]}
 
         ttt = TTTLayer(c, dtype=self.dtype, name="ttt")
         attention = NormedAttention(c.num_heads, self.dtype, name="self_attn")
