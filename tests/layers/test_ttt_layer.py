@@ -214,7 +214,10 @@ def test_positions_of_a_video_are_those_of_its_three_axes():
 
     y, nowhere = apply(positions), apply(np.zeros_like(positions))
     np.testing.assert_array_equal(apply(np.tile(positions, (2, 1, 1))), y)
-    assert np.abs(nowhere - y).max() > 1e-6
+    for axis in range(3):
+        moved = positions.copy()
+        moved[0, 1, axis] += 3
+        assert np.abs(apply(moved) - y).max() > 1e-6
     np.testing.assert_array_equal(apply(np.zeros((1, 3), int)), nowhere)  # nothing turns, along one axis or three
 
 
