@@ -16,6 +16,7 @@ from ttt_jax.convert import video_dit_params
 from ttt_jax.convert.program import Options, _leaves, convert, describe, plan
 from ttt_jax.convert.reverse import describe as reversed_lines
 from ttt_jax.convert.reverse import reverse
+from ttt_jax.convert.sources import wanted_of_repository
 from ttt_jax.convert.video_dit import cogvideox_table
 from ttt_jax.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -162,6 +163,7 @@ def cogvideox(golden, tmp_path):
 
 def test_cogvideox_gets_fresh_ttt_layers_by_the_seed_and_goes_back(cogvideox, tmp_path):
     folder, own, named, base = cogvideox
+    assert wanted_of_repository("cogvideox", folder) == (["transformer/*.safetensors"], [])
     steps = plan("cogvideox", str(folder), Options(config=own))
     assert "inserted -> layers_1/gate_backward_video float32[32]" in list(describe(steps))
     convert(steps, tmp_path / "out", seed=3)

@@ -15,6 +15,7 @@ from ttt_jax.convert.writing import COGVIDEOX_FILE, CURRENT, DIFFUSERS, FUSED, M
 from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.models.video_dit import VideoDiTConfig
+from ttt_jax.models.video_dit.published import state_dict
 
 CONFIG_FILE = "config.json"
 MIMI_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
@@ -155,7 +156,7 @@ def _open_ttt_lm(path: pathlib.Path, options: Options) -> Source:
 
 def _open_video_dit(path: pathlib.Path, options: Options) -> Source:
     file = _weights(path, MODEL_FILE)
-    tensors = video_dit.state_dict(open_tensors(file))
+    tensors = state_dict(open_tensors(file))
     raw = _read_config(options.config, file.parent / CONFIG_FILE)
     config = VideoDiTConfig.from_ttt_video_dit(read_metadata(file) if raw is None else raw, tensors)
     return Source(config, video_dit.ttt_video_dit_table(config), tensors, TTT_VIDEO_DIT)

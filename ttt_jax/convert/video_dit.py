@@ -6,6 +6,7 @@ from typing import Any
 
 from ttt_jax.convert.table import Rule, Table, Tensors, make_params
 from ttt_jax.models.video_dit import VideoDiTConfig
+from ttt_jax.models.video_dit.published import state_dict
 
 
 def video_dit_params(config: VideoDiTConfig, tensors: Tensors) -> dict[str, Any]:
@@ -13,22 +14,12 @@ def video_dit_params(config: VideoDiTConfig, tensors: Tensors) -> dict[str, Any]
 
     Args:
         config: `VideoDiTConfig.from_ttt_video_dit(metadata, tensors)`.
-        tensors: name to array (anything `numpy.asarray` takes).
+        tensors: name to array (anything `numpy.asarray` takes); as `state_dict` takes them.
 
     Raises:
         ValueError: one error that lists every missing, unexpected or misshapen tensor.
     """
-    return make_params(ttt_video_dit_table(config), tensors)
-
-
-def state_dict(tensors: Tensors) -> dict[str, Any]:
-    """The tensors without what their names begin with when the model is part of something, such as "model.".
-
-    What does not begin so is not the model's, an optimizer's state for example, and is left out.
-    """
-    known = "patch_embedding.text_proj.weight"
-    prefix = next((name.removesuffix(known) for name in tensors if name.endswith(known)), "")
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    return make_params(ttt_video_dit_table(config), state_dict(tensors))
 
 
 def ttt_video_dit_table(config: VideoDiTConfig) -> Table:

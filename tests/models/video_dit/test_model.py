@@ -99,6 +99,7 @@ VIDEO, TEXT, TIME = inputs(1)
         ((VIDEO, TEXT, TIME[0]), "timestep must have shape [B], got ()"),
         ((VIDEO, TEXT, np.zeros(2)), "timestep must have shape [1], one for each video, got (2,)"),
         ((VIDEO, TEXT[:, :1], TIME), "1 * 2 + 1 = 3 frames, else no scene would see the rest, got 5; pass a text for"),
+        ((VIDEO, TEXT.astype(int), TIME), "text must be floating, got int64; cast it first"),
         ((VIDEO, TEXT, 3), "timestep must be an array, got int; make it one with jnp.asarray"),
     ],
 )  # fmt: skip
@@ -113,3 +114,12 @@ def test_any_number_of_scenes_and_frames_and_any_text(params):
         given = inputs(2, scenes=scenes, text_length=text_length, frames=frames)
         out = jax.eval_shape(lambda p, *x: VideoDiT(CONFIG).apply({"params": p}, *x), params, *given)
         assert (out.shape, out.dtype) == (given[0].shape, jnp.float32)
+
+
+def test_memory_is_linear_in_the_number_of_scenes(params):
+    def needed(scenes):
+        shapes = jax.eval_shape(lambda: inputs(1, scenes=scenes, frames=2 * scenes + 1))
+        compiled = jax.jit(VideoDiT(CONFIG).apply).lower({"params": params}, *shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert needed(1024) < 2.05 * needed(512)  # small ones share buffers differently

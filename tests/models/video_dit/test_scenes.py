@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ttt_jax.layers.attention import flash
 from ttt_jax.layers.rope import RotaryEmbedding, rotate_3d
 from ttt_jax.layers.ttt import TTTConfig, TTTLayer
 from ttt_jax.layers.two_way import gated_passes
@@ -109,6 +110,22 @@ def test_batched_scenes_are_scenes_one_by_one(sizes, stride, shared):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), out, one_by_one(q, k, v, stride, shared))
 
 
+def test_cudnn_is_given_the_same_scenes(monkeypatch):
+    xla, calls = jax.nn.dot_product_attention, []
+
+    def in_its_place(*args, implementation, **options):
+        calls.append(implementation)
+        with jax.numpy_dtype_promotion("standard"):
+            return xla(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
+    monkeypatch.setattr(flash, "bidirectional_refusal", lambda *_: None)
+    q, k, v = (make(3, 1, 6, H, D, seed=seed) for seed in range(3))  # the last scene is short
+    out = jax.jit(functools.partial(attend, stride=2, shared=1))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), out, one_by_one(q, k, v, 2, 1))
+    assert calls == ["cudnn"]
+
+
 @pytest.mark.parametrize(
     ("part", "index", "texts", "frames"),
     [("text", 1, [1], [2, 3, 4]), ("video", 3, [1], [2, 3, 4]), ("video", 4, [1, 2], [2, 3, 4, 5, 6])],
@@ -143,8 +160,8 @@ def test_texts_longer_than_a_mini_batch_are_read_as_tokens_one_after_the_other()
     parts, order = make(*sizes, 2 * D), reading_order(*sizes)
     x = np.stack([parts[part][(slice(None), *index)] for part, index in order], axis=1)
     positions = np.asarray([[index if part == "video" else (0, 0, 0) for part, index in order]])
-    y = layer()(x, positions=positions)[0]
-    learned = read_scenes(layer(), parts)
+    y = jax.jit(lambda x: layer()(x, positions=positions)[0])(x)
+    learned = jax.jit(functools.partial(read_scenes, layer()))(parts)
     by_hand = np.stack([learned[part][(slice(None), *index)] for part, index in order], axis=1)
     np.testing.assert_allclose(by_hand, y, atol=1e-12)
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax.numpy as jnp
+
 from ttt_jax.layers.ttt import TTTConfig
 from ttt_jax.models.video_dit.published import as_cogvideox, cogvideox_fields, ttt_video_dit_fields
 
@@ -91,7 +93,7 @@ class VideoDiTConfig:
 
     @classmethod
     def of_size(cls, size: str, **changes: Any) -> "VideoDiTConfig":
-        """One of `SIZES`: "5B" and "debug" as published, "small", or "tiny" for tests; with fields changed.
+        """One of `SIZES`: "5B" and "debug" as published, "small" and "tiny" for a few CPU cores; with fields changed.
 
         Raises:
             ValueError: there is no such size.
@@ -108,7 +110,7 @@ class VideoDiTConfig:
             metadata: field to value, sizes as strings or numbers: fields of this config, `kind` for `ssm_layer`, and
                 sizes of videos, which are not the model's. What is missing is read off the tensors, or has the
                 published value where they do not tell (scenes, mini-batches, step size, rotary embeddings).
-            tensors: name to what has a shape.
+            tensors: name to what has a shape; the state_dict alone, or below a prefix such as `model.`.
 
         Raises:
             ValueError: an unknown field, a value that is no number, or one that the tensors contradict.
@@ -158,6 +160,8 @@ class VideoDiTConfig:
                 raise ValueError(f"{name} must be an array, got {type(x).__name__}; make it one with jnp.asarray")
             if x.ndim != letters[name].count(",") + 1:
                 raise ValueError(f"{name} must have shape {letters[name]}, got {tuple(x.shape)}")
+            if name != "timestep" and not jnp.issubdtype(x.dtype, jnp.floating):
+                raise ValueError(f"{name} must be floating, got {x.dtype}; cast it first")
         self._check_sizes(tuple(video.shape), tuple(text.shape), tuple(timestep.shape))
 
     def _check_sizes(self, video, text, timestep):

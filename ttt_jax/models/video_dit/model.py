@@ -130,7 +130,7 @@ def _add(parts: Parts, gates: Parts, branch: Parts) -> Parts:
 
 
 class VideoDiT(nn.Module):
-    """Predicts what a video's noise is made of, given the scenes' texts; see `__call__`."""
+    """The denoising network: noisy latents, the scenes' texts and the timestep to its prediction; see `__call__`."""
 
     config: VideoDiTConfig
 

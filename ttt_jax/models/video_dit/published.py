@@ -46,6 +46,16 @@ _COGVIDEOX_IGNORED = frozenset(
 """Fields that do not change this model: its norms have TTT-Video-DiT's eps, whatever CogVideoX' have."""
 
 
+def state_dict(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors without what their names begin with when the model is part of something, such as "model.".
+
+    What does not begin so is not the model's, an optimizer's state for example, and is left out.
+    """
+    known = "patch_embedding.text_proj.weight"
+    prefix = next((name.removesuffix(known) for name in tensors if name.endswith(known)), "")
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
 def ttt_video_dit_fields(metadata: Mapping[str, Any], tensors: Mapping[str, Any], types: FieldTypes) -> dict[str, Any]:
     """What the metadata says, as the types say, and else what the tensors tell.
 
@@ -111,7 +121,7 @@ def _read(name: str, value: Any, types: FieldTypes) -> Any:
 def _told_by(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes that a ttt-video-dit state_dict tells; those of tensors that it lacks are left out."""
     told: dict[str, Any] = {}
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    shapes = {name: tuple(x.shape) for name, x in state_dict(tensors).items()}
     layers = {match[1] for name in shapes if (match := re.match(r"layers\.(\d+)\.", name))}
     if layers:
         told["num_layers"] = len(layers)
