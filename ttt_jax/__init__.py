@@ -1,7 +1,7 @@
 """Test-time-training layers in JAX for very long audio.
 
-The functions need JAX alone. The Flax modules (`TTTLayer`, `ttt_jax.models`) and `load` are imported when first asked
-for.
+The functions need JAX alone. The Flax modules (`TTTLayer`, `TTTBidirectional`, `ttt_jax.models`) and `load` are
+imported when first asked for.
 """
 
 import importlib
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from ttt_jax import convert, generate, models
     from ttt_jax.checkpoint import load, save_model
     from ttt_jax.layers.ttt import TTTConfig, TTTLayer
+    from ttt_jax.layers.two_way import TTTBidirectional
 
 __all__ = [
     "AttentionCache",
     "RotaryEmbedding",
+    "TTTBidirectional",
     "TTTConfig",
     "TTTLayer",
     "TTTLinearParams",
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "TTTBidirectional": "ttt_jax.layers.two_way",
     "TTTConfig": "ttt_jax.layers.ttt",
     "TTTLayer": "ttt_jax.layers.ttt",
     "load": "ttt_jax.checkpoint",

@@ -22,12 +22,13 @@ from ttt_jax.files import new_directory, new_path
 from ttt_jax.layers.ttt import TTTConfig
 from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import MoshiConfig, lora
+from ttt_jax.models.video_dit import VideoDiTConfig
 
 PARAMS = "params"
 CONVERTED = "state"
 LORA = "lora"
 CHECKPOINTS = "checkpoints"
-MODELS = {"moshi": MoshiConfig, "mimi": MimiConfig, "ttt_layer": TTTConfig}
+MODELS = {"moshi": MoshiConfig, "mimi": MimiConfig, "ttt_layer": TTTConfig, "video_dit": VideoDiTConfig}
 
 
 class ModelMetadata(NamedTuple):
@@ -58,7 +59,7 @@ def save_model(directory: str | pathlib.Path, config: Any, params: Any) -> None:
 
     Args:
         directory: Must not exist yet.
-        config: The model's config, a dataclass (`MoshiConfig`, `MimiConfig`, `TTTConfig`).
+        config: The model's config, a dataclass (`MoshiConfig`, `MimiConfig`, `VideoDiTConfig`, `TTTConfig`).
         params: Its parameter tree.
 
     Raises:
@@ -132,7 +133,8 @@ def load(directory: str | pathlib.Path, shardings: Callable[[Any], Any] | None =
             to read them in: each device reads its part alone.
 
     Returns:
-        The config (`MoshiConfig`, `MimiConfig` or a layer's `TTTConfig`) and the parameter tree in the saved dtypes.
+        The config (`MoshiConfig`, `MimiConfig`, `VideoDiTConfig` or a layer's `TTTConfig`) and the parameter tree in
+        the saved dtypes.
 
     Raises:
         FileNotFoundError: No checkpoint there.

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.layers.norm import RMSNorm, rms_norm
+from ttt_jax.layers.norm import LayerNorm, RMSNorm, rms_norm
 
 
 def test_equals_the_formula_and_keeps_the_dtype():
@@ -22,3 +22,17 @@ def test_eps_keeps_a_zero_input_finite():
     out, params = RMSNorm().init_with_output(jax.random.key(0), jnp.zeros((1, 2, 4)))
     assert params["params"]["alpha"].shape == (4,)
     np.testing.assert_array_equal(out, 0)
+
+
+def test_layer_norm_equals_the_formula_and_is_float32_inside():
+    x = 100 + np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+    scale, bias = np.linspace(0.5, 2, 8, dtype=np.float32), np.linspace(-1, 1, 8, dtype=np.float32)
+    centered = x.astype(np.float64) - x.mean(axis=-1, keepdims=True, dtype=np.float64)
+    expected = centered / np.sqrt(0.5 + np.mean(centered**2, axis=-1, keepdims=True)) * scale + bias
+    variables = {"params": {"scale": scale, "bias": bias}}
+    np.testing.assert_allclose(LayerNorm(eps=0.5).apply(variables, jnp.asarray(x)), expected, atol=1e-4)
+    narrow = jnp.asarray(x, jnp.bfloat16)
+    out = LayerNorm(eps=0.5).apply(variables, narrow)
+    assert out.dtype == jnp.bfloat16
+    wide = LayerNorm(eps=0.5).apply(variables, narrow.astype(jnp.float32))
+    np.testing.assert_array_equal(out, wide.astype(jnp.bfloat16))

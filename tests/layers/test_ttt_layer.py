@@ -201,6 +201,26 @@ def test_bad_configs_are_named(changes, message):
         dataclasses.replace(PRESETS["mamba"], **changes)
 
 
+def test_positions_of_a_video_are_those_of_its_three_axes():
+    config = TTTConfig.video_dit("linear", 32, 2, mini_batch_size=C)
+    layer = TTTLayer(config, dtype=jnp.float64)
+    rng = np.random.default_rng(0)
+    x, positions = rng.standard_normal((2, 3, 32)), rng.integers(0, 9, (1, 3, 3))
+    params = jax.jit(layer.init)(jax.random.key(0), x)
+
+    @jax.jit
+    def apply(positions):
+        return layer.apply(params, x, positions=positions)[0]
+
+    y, nowhere = apply(positions), apply(np.zeros_like(positions))
+    np.testing.assert_array_equal(apply(np.tile(positions, (2, 1, 1))), y)
+    for axis in range(3):
+        moved = positions.copy()
+        moved[0, 1, axis] += 3
+        assert np.abs(apply(moved) - y).max() > 1e-6
+    np.testing.assert_array_equal(apply(np.zeros((1, 3), int)), nowhere)  # nothing turns, along one axis or three
+
+
 def test_lengths_resets_and_positions_may_be_lists():
     for name, positions in (("mamba", None), ("video_dit_causal", [[2, 3]] * 3)):
         _, apply, x = make(name, 2)
@@ -220,6 +240,10 @@ def test_bad_calls_are_named():
         layer.apply({"params": params}, x[..., :7])
     with pytest.raises(ValueError, match="positions: expected None"):
         layer.apply({"params": params}, x, positions=jnp.zeros((3, C), jnp.int32))
+    bidirectional = TTTLayer(TTTConfig.video_dit("linear", WIDTH, 2))
+    for shape in ((2, C), (3, C - 1), (3, C, 2), ()):
+        with pytest.raises(ValueError, match=r"positions: expected shape \[B or 1, T\] or \[B or 1, T, 3\]"):
+            bidirectional.init(jax.random.key(0), x, positions=jnp.zeros(shape, jnp.int32))
     with pytest.raises(ValueError, match="state: expected the TTTLayerState"):
         layer.apply({"params": params}, x, state=1)
     with pytest.raises(ValueError, match="x: expected an array, got list"):

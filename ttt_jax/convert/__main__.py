@@ -2,6 +2,7 @@
 
     python -m ttt_jax.convert --source=moshi --input=kyutai/moshiko-pytorch-bf16 --output=models/moshiko
     python -m ttt_jax.convert --source=mimi --input=kyutai/moshiko-pytorch-bf16 --output=models/mimi
+    python -m ttt_jax.convert --source=cogvideox --input=THUDM/CogVideoX-5b --output=models/video
     python -m ttt_jax.convert --reverse --input=models/moshiko --output=moshiko-kyutai
 
 `--input` is a .safetensors file, its index, a folder, or (extra `hub`) a repository of the Hugging Face hub. PyTorch is
@@ -13,7 +14,8 @@ import sys
 
 from absl import app, flags, logging
 
-SOURCE = flags.DEFINE_enum("source", None, ["moshi", "mimi", "ttt_lm"], "What the weights are.")
+SOURCES = ("moshi", "mimi", "ttt_lm", "video_dit", "cogvideox")
+SOURCE = flags.DEFINE_enum("source", None, SOURCES, "What the weights are.")
 INPUT = flags.DEFINE_string("input", None, "Weights; with --reverse a checkpoint of this library.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Directory to write, which must not exist yet.")
 CONFIG = flags.DEFINE_string("config", None, "The model's config as JSON; by default config.json beside the weights.")
@@ -22,16 +24,18 @@ TTT = flags.DEFINE_string("ttt", None, "TTT layers to insert into a Moshi: JSON,
 LORA = flags.DEFINE_string("lora", None, "LoRA weights to merge: a file, or a folder with its config.json.")
 LORA_SCALING = flags.DEFINE_float("lora_scaling", None, "Their scaling; default as their config says, else 2.")
 CODEBOOKS = flags.DEFINE_integer("num_codebooks", 8, "Codebooks of Mimi to use.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of inserted TTT layers.")
+SEED = flags.DEFINE_integer("seed", 0, "Of TTT layers that the weights lack.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan, and the memory it will need, and write nothing.")
-REVERSE = flags.DEFINE_bool("reverse", False, "Write Kyutai's safetensors and config from a checkpoint.")
-NAMES = flags.DEFINE_enum("names", None, ["fused", "current"], "Of --reverse; default as the input of the conversion.")
+REVERSE = flags.DEFINE_bool("reverse", False, "Write safetensors and config for the code of others.")
+NAMING = ["fused", "current", "ttt_video_dit", "diffusers"]
+NAMES = flags.DEFINE_enum("names", None, NAMING, "Of --reverse; default as the input of the conversion.")
 
 BELONGS_TO = {
-    "config": ("moshi", "mimi", "ttt_lm"),
+    "config": SOURCES,
     "num_codebooks": ("mimi",),
     "names": ("reverse",),
-    **{name: ("moshi",) for name in ("ttt", "lora", "lora_scaling", "seed")},
+    **{name: ("moshi",) for name in ("ttt", "lora", "lora_scaling")},
+    "seed": ("moshi", "cogvideox"),
 }
 """What flags are for, where they are not for everything."""
 
@@ -45,7 +49,7 @@ def main(argv: list[str]) -> None:
     if OUTPUT.value is None and not DRY_RUN.value:
         raise app.UsageError("--output is needed, the directory to write")
     if SOURCE.value is None and not REVERSE.value:
-        raise app.UsageError("--source is needed: moshi, mimi or ttt_lm")
+        raise app.UsageError(f"--source is needed: {', '.join(SOURCES)}")
     _check_flags("reverse" if REVERSE.value else SOURCE.value or "")
     try:
         (_reverse if REVERSE.value else _convert)()

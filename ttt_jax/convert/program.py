@@ -20,7 +20,9 @@ from ttt_jax.convert.sources import Options, Source, open_source
 from ttt_jax.convert.table import assemble, leaf_dtype
 from ttt_jax.data.tokens import TOKENIZER_FILE
 from ttt_jax.models.moshi import MoshiConfig, TTTInsertion
-from ttt_jax.models.moshi.insertion import init_inserted, inserted_shapes
+from ttt_jax.models.moshi import insertion as moshi_insertion
+from ttt_jax.models.video_dit import VideoDiTConfig
+from ttt_jax.models.video_dit import insertion as video_dit_insertion
 
 DTYPES = ("float32", "bfloat16")
 BASE_BYTES = 700 * 2**20
@@ -34,7 +36,7 @@ class Plan:
     source: Source
     config: Any  # of the model that is written
     dtype: np.dtype | None  # of its parameters; None as their tensors
-    ttt: dict[str, jax.ShapeDtypeStruct]  # parameters that are inserted
+    ttt: dict[str, jax.ShapeDtypeStruct]  # parameters that are drawn, not read
 
     def leaf_dtype(self, rule) -> np.dtype:
         """What the leaf of `rule` is stored in."""
@@ -60,11 +62,11 @@ def plan(kind: str, name: str, options: Options, *, dtype: str | None = None, tt
     """Opens a checkpoint, checks every tensor, and says what it will become; reads and writes no parameter.
 
     Args:
-        kind: "moshi", "mimi" or "ttt_lm".
+        kind: "moshi", "mimi", "ttt_lm", "video_dit" or "cogvideox".
         name: Its weights: a file, an index, a folder or a repository of the Hugging Face hub.
         options: Where the rest of it is.
-        dtype: Of the parameters, one of `DTYPES`; None as the tensors are stored. A Moshi of bfloat16 parameters alone
-            also computes in it. Rounding Mimi's codebooks changes its codes.
+        dtype: Of the parameters, one of `DTYPES`; None as the tensors are stored. A Moshi or a Video-DiT of bfloat16
+            parameters alone also computes in it. Rounding Mimi's codebooks changes its codes.
         ttt: TTT layers to insert into a Moshi, with zero effect.
 
     Raises:
@@ -75,18 +77,21 @@ def plan(kind: str, name: str, options: Options, *, dtype: str | None = None, tt
     source = open_source(kind, name, options)
     check_tensors(source.table.shapes, source.tensors)
     _check_floating(source)
-    config = source.config
+    config: Any = source.config
     if ttt is not None:
         if not isinstance(config, MoshiConfig):
             raise ValueError(f"--ttt: TTT layers go into a Moshi, --source is {kind}")
         config = dataclasses.replace(config, ttt=ttt)
     stored = {leaf_dtype(rule, source.tensors) for rule in source.table.rules} if dtype is None else {np.dtype(dtype)}
-    if isinstance(config, MoshiConfig):
+    if isinstance(config, MoshiConfig | VideoDiTConfig):
         narrow = stored == {np.dtype("bfloat16")}
         config = dataclasses.replace(config, dtype="bfloat16" if narrow else "float32")
-    return Plan(
-        source, config, None if dtype is None else np.dtype(dtype), {} if ttt is None else inserted_shapes(config)
-    )
+    inserted = {}
+    if ttt is not None:
+        inserted = moshi_insertion.inserted_shapes(config)
+    elif kind == "cogvideox":
+        inserted = video_dit_insertion.inserted_shapes(config)
+    return Plan(source, config, None if dtype is None else np.dtype(dtype), inserted)
 
 
 def _check_floating(source: Source) -> None:
@@ -123,23 +128,27 @@ def convert(steps: Plan, output: pathlib.Path, *, seed: int = 0) -> None:
     Args:
         steps: From `plan`.
         output: Its directory, which must not exist.
-        seed: Of the inserted TTT layers.
+        seed: Of the inserted TTT layers, and those that CogVideoX lacks.
 
     Raises:
         FileExistsError: `output` exists.
     """
-    names = "fused" if steps.source.fused else "current"
     tokenizer, size = steps.source.tokenizer, sum(steps.leaf_bytes())
     files = {} if tokenizer is None else {TOKENIZER_FILE: tokenizer}
     with tqdm.tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
-        save_leaves(output, steps.config, _told(_leaves(steps, seed), bar), files, names=names)
+        save_leaves(output, steps.config, _told(_leaves(steps, seed), bar), files, names=steps.source.names)
 
 
 def _leaves(steps: Plan, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     for rule in steps.source.table.rules:
         yield rule.path, assemble(rule, steps.source.tensors, steps.dtype)
-    for layer in steps.config.ttt.layers if steps.ttt else ():
-        inserted = init_inserted(steps.config, layer, jax.random.fold_in(jax.random.key(seed), layer))
+    insertion, layers = moshi_insertion, ()
+    if steps.ttt and isinstance(steps.config, VideoDiTConfig):
+        insertion, layers = video_dit_insertion, range(steps.config.num_layers)
+    elif steps.ttt:
+        layers = steps.config.ttt.layers
+    for layer in layers:
+        inserted = insertion.init_inserted(steps.config, layer, jax.random.fold_in(jax.random.key(seed), layer))
         yield from ((path, np.asarray(leaf)) for path, leaf in inserted.items())
 
 

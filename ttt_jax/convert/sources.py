@@ -5,18 +5,22 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ttt_jax.convert import hub, hugging_face, mimi, moshi, ttt_lm
+from ttt_jax.convert import hub, hugging_face, mimi, moshi, ttt_lm, video_dit
 from ttt_jax.convert.adapters import dequantized, with_lora_merged
 from ttt_jax.convert.checks import check_tensors
 from ttt_jax.convert.fused import is_fused, split_fused
 from ttt_jax.convert.table import Table
-from ttt_jax.convert.tensors import INDEX_SUFFIX, SUFFIX, open_tensors
+from ttt_jax.convert.tensors import INDEX_SUFFIX, SUFFIX, open_tensors, read_metadata
+from ttt_jax.convert.writing import COGVIDEOX_FILE, CURRENT, DIFFUSERS, FUSED, MODEL_FILE, TTT_VIDEO_DIT
 from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import MoshiConfig
+from ttt_jax.models.video_dit import VideoDiTConfig
+from ttt_jax.models.video_dit.published import state_dict
 
 CONFIG_FILE = "config.json"
-MOSHI_FILE = "model.safetensors"
 MIMI_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
+TRANSFORMER = "transformer"
+"""Where the repositories of CogVideoX, which hold a whole pipeline, have what is converted."""
 LORA_FILE = "lora.safetensors"
 TOKENIZER_FILE = "tokenizer_spm_32k_3.model"
 PUBLISHED_LORA_SCALING = 2.0
@@ -29,7 +33,7 @@ class Source(NamedTuple):
     config: Any
     table: Table
     tensors: Mapping[str, Any]  # under the table's names
-    fused: bool  # whether attention projections were fused, as in released files
+    names: str  # of the tensors: "fused" (as in released files), "current", "ttt_video_dit" or "diffusers"
     tokenizer: pathlib.Path | None = None  # the sentencepiece model beside the weights
 
 
@@ -46,7 +50,7 @@ def open_source(kind: str, name: str, options: Options) -> Source:
     """Opens a checkpoint.
 
     Args:
-        kind: "moshi", "mimi" or "ttt_lm".
+        kind: "moshi", "mimi", "ttt_lm", "video_dit" or "cogvideox".
         name: Path of a safetensors file, an index or a folder, or a repository of the Hugging Face hub.
         options: See `Options`.
 
@@ -70,6 +74,8 @@ def wanted_of_repository(kind: str, folder: pathlib.Path) -> hub.Patterns:
     raw = _read_config(None, folder / CONFIG_FILE) or {}
     mimi_file = raw.get("mimi_name") or MIMI_FILE
     holds_it_apart = "audio_encoder_config" not in raw and raw.get("model_type") != "mimi"
+    if kind == "cogvideox" and (folder / TRANSFORMER).is_dir():
+        return hub.Patterns([f"{TRANSFORMER}/*{SUFFIX}"], [])
     if kind == "mimi" and holds_it_apart:
         return hub.Patterns([mimi_file], [])
     return hub.Patterns(["*" + SUFFIX], [mimi_file] if kind == "moshi" else [])
@@ -78,14 +84,14 @@ def wanted_of_repository(kind: str, folder: pathlib.Path) -> hub.Patterns:
 def _open_moshi(path: pathlib.Path, options: Options) -> Source:
     folder = path if path.is_dir() else path.parent
     raw = _read_config(options.config, folder / CONFIG_FILE) or {}
-    tensors = open_tensors(_weights(path, raw.get("moshi_name") or MOSHI_FILE))
+    tensors = open_tensors(_weights(path, raw.get("moshi_name") or MODEL_FILE))
     if hugging_face.is_hugging_face(tensors):
         config = hugging_face.moshi_config(raw)
         tensors = hugging_face.moshi_tensors(config, tensors)
-        return Source(config, moshi.moshi_table(config), tensors, True, _tokenizer(folder, raw))
+        return Source(config, moshi.moshi_table(config), tensors, FUSED, _tokenizer(folder, raw))
     config = MoshiConfig.from_kyutai(raw)
     table = moshi.moshi_table(config)
-    fused = is_fused(table, tensors)
+    names = _kyutai_names(table, tensors)
     tensors = split_fused(table, dequantized(tensors))
     beside = folder / (raw.get("lora_name") or LORA_FILE)
     lora = options.lora or (beside if raw.get("lora") and path.is_dir() and beside.is_file() else None)
@@ -93,7 +99,11 @@ def _open_moshi(path: pathlib.Path, options: Options) -> Source:
     if lora is not None:
         tensors, scaling = _with_lora_tensors(tensors, lora, scaling)
     scaling = scaling if options.lora_scaling is None else options.lora_scaling
-    return Source(config, table, with_lora_merged(tensors, scaling), fused, _tokenizer(folder, raw))
+    return Source(config, table, with_lora_merged(tensors, scaling), names, _tokenizer(folder, raw))
+
+
+def _kyutai_names(table: Table, tensors: Mapping[str, Any]) -> str:
+    return FUSED if is_fused(table, tensors) else CURRENT
 
 
 def _tokenizer(folder: pathlib.Path, raw: dict[str, Any]) -> pathlib.Path | None:
@@ -120,10 +130,10 @@ def _open_mimi(path: pathlib.Path, options: Options) -> Source:
         tensors = hugging_face.codec_tensors(tensors)
     if mimi.is_hugging_face(tensors):
         config = MimiConfig.from_hugging_face(raw, options.num_codebooks)
-        return Source(config, mimi.mimi_table(config), mimi.mimi_from_hugging_face(config, tensors), True)
+        return Source(config, mimi.mimi_table(config), mimi.mimi_from_hugging_face(config, tensors), FUSED)
     config = MimiConfig.from_kyutai(raw, options.num_codebooks)
     table = mimi.mimi_table(config)
-    return Source(config, table, split_fused(table, tensors), is_fused(table, tensors))
+    return Source(config, table, split_fused(table, tensors), _kyutai_names(table, tensors))
 
 
 def _mimi_config(folder: pathlib.Path, beside: dict[str, Any]) -> dict[str, Any]:
@@ -137,11 +147,28 @@ def _mimi_config(folder: pathlib.Path, beside: dict[str, Any]) -> dict[str, Any]
 
 
 def _open_ttt_lm(path: pathlib.Path, options: Options) -> Source:
-    tensors = open_tensors(_weights(path, MOSHI_FILE))
+    tensors = open_tensors(_weights(path, MODEL_FILE))
     raw = _read_config(options.config, (path if path.is_dir() else path.parent) / CONFIG_FILE) or {}
     table = ttt_lm.ttt_lm_table(tensors)
     check_tensors(table.shapes, tensors)  # before the config is read off them
-    return Source(ttt_lm.ttt_lm_config(tensors, **raw), table, tensors, False)
+    return Source(ttt_lm.ttt_lm_config(tensors, **raw), table, tensors, CURRENT)
+
+
+def _open_video_dit(path: pathlib.Path, options: Options) -> Source:
+    file = _weights(path, MODEL_FILE)
+    tensors = state_dict(open_tensors(file))
+    raw = _read_config(options.config, file.parent / CONFIG_FILE)
+    config = VideoDiTConfig.from_ttt_video_dit(read_metadata(file) if raw is None else raw, tensors)
+    return Source(config, video_dit.ttt_video_dit_table(config), tensors, TTT_VIDEO_DIT)
+
+
+def _open_cogvideox(path: pathlib.Path, options: Options) -> Source:
+    file = _weights(path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path, COGVIDEOX_FILE)
+    raw = _read_config(None, file.parent / CONFIG_FILE) or {}
+    if options.config is not None:
+        raw |= _read_config(options.config, options.config) or {}
+    config = VideoDiTConfig.from_cogvideox(raw)
+    return Source(config, video_dit.cogvideox_table(config), open_tensors(file), DIFFUSERS)
 
 
 def _read_config(given: pathlib.Path | None, beside: pathlib.Path) -> dict[str, Any] | None:
@@ -178,4 +205,6 @@ SOURCES: Mapping[str, Callable[[pathlib.Path, Options], Source]] = {
     "moshi": _open_moshi,
     "mimi": _open_mimi,
     "ttt_lm": _open_ttt_lm,
+    "video_dit": _open_video_dit,
+    "cogvideox": _open_cogvideox,
 }

@@ -47,17 +47,17 @@ def main(options: flags.FlagValues, argv: list[str]) -> None:
 def write(config, output: pathlib.Path, *, dtype: str, seed: int) -> None:
     """Writes the folder of a `MoshiConfig` or `MimiConfig`."""
     # Imported late so that `--help` answers at once.
-    from ttt_jax.convert.sources import CONFIG_FILE, MIMI_FILE, MOSHI_FILE
-    from ttt_jax.convert.writing import constant_entries, entries_of, table_of, write_file
+    from ttt_jax.convert.sources import CONFIG_FILE, MIMI_FILE
+    from ttt_jax.convert.writing import MODEL_FILE, constant_entries, entries_of, naming_of, write_file
     from ttt_jax.files import new_directory
     from ttt_jax.models.moshi import MoshiConfig
 
-    table = table_of(config)
+    table = naming_of(config, None).table
     entries = [entry for rule in table.rules for entry in entries_of(rule, np.dtype(dtype), fused=True)]
     values = itertools.chain(_random(list(entries), seed), table.constants.values())
     entries += constant_entries(table)
     size = sum(entry.nbytes for entry in entries)
-    name = MOSHI_FILE if isinstance(config, MoshiConfig) else MIMI_FILE
+    name = MODEL_FILE if isinstance(config, MoshiConfig) else MIMI_FILE
     bar = tqdm.tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr)
     with new_directory(output) as staging, bar:
         write_file(staging / name, entries, values, bar.update)

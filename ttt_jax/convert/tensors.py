@@ -94,6 +94,14 @@ def open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
     return open_index(path) if path.name.endswith(INDEX_SUFFIX) else open_file(path)
 
 
+def read_metadata(path: pathlib.Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; nothing of an index."""
+    if path.name.endswith(INDEX_SUFFIX):
+        return {}
+    with safe_open(path, framework="np") as file:
+        return {name: value for name, value in (file.metadata() or {}).items() if name != "format"}
+
+
 def _dtypes() -> dict[str, np.dtype]:
     import ml_dtypes
 

@@ -1,4 +1,4 @@
-"""Writing Kyutai's files as their tensors come; the safetensors package writes only what is in memory as a whole."""
+"""Writing others' files as their tensors come; the safetensors package writes only what is in memory as a whole."""
 
 import json
 import math
@@ -14,10 +14,16 @@ from ttt_jax.convert.mimi import mimi_table
 from ttt_jax.convert.moshi import moshi_table
 from ttt_jax.convert.table import Rule, Table
 from ttt_jax.convert.tensors import DTYPES
+from ttt_jax.convert.video_dit import cogvideox_table, ttt_video_dit_table
 from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import MoshiConfig
+from ttt_jax.models.video_dit import VideoDiTConfig
 
 ALIGNMENT = 8
+MODEL_FILE = "model.safetensors"
+COGVIDEOX_FILE = "diffusion_pytorch_model.safetensors"
+FUSED, CURRENT, TTT_VIDEO_DIT, DIFFUSERS = "fused", "current", "ttt_video_dit", "diffusers"
+"""Names of tensors: of Kyutai's released files and of their code, of TTT-Video-DiT, and of CogVideoX in diffusers."""
 
 
 class Entry(NamedTuple):
@@ -46,17 +52,38 @@ def constant_entries(table: Table) -> list[Entry]:
     return [Entry(name, constant.shape, constant.dtype) for name, constant in table.constants.items()]
 
 
-def table_of(config: Any) -> Table:
-    """The table of a Moshi or a Mimi.
+class Naming(NamedTuple):
+    """How a model is laid out for the code of others."""
+
+    table: Table
+    fused: bool  # attention projections under the name of released files
+    file: str  # of the weights
+    config: dict[str, Any]  # what config.json holds
+
+
+def naming_of(config: Any, names: str | None) -> Naming:
+    """The layout of a model.
+
+    Args:
+        config: The model's.
+        names: "fused" or "current" for Moshi and Mimi, "ttt_video_dit" or "diffusers" for a Video-DiT; None is the
+            first of the two.
 
     Raises:
-        ValueError: The config is of another model.
+        ValueError: The config is of another model, or has no such names.
     """
-    if isinstance(config, MoshiConfig):
-        return moshi_table(config)
-    if isinstance(config, MimiConfig):
-        return mimi_table(config)
-    raise ValueError(f"expected a Moshi or a Mimi, which Kyutai's code knows, got a {type(config).__name__}")
+    known = (TTT_VIDEO_DIT, DIFFUSERS) if isinstance(config, VideoDiTConfig) else (FUSED, CURRENT)
+    names = known[0] if names is None else names
+    if names not in known:
+        raise ValueError(f"--names: expected one of {known} for this model, got {names!r}")
+    if names == DIFFUSERS:
+        return Naming(cogvideox_table(config), False, COGVIDEOX_FILE, config.to_cogvideox())
+    if names == TTT_VIDEO_DIT:
+        return Naming(ttt_video_dit_table(config), False, MODEL_FILE, config.to_ttt_video_dit())
+    if not isinstance(config, MoshiConfig | MimiConfig):
+        raise ValueError(f"expected a Moshi, a Mimi or a Video-DiT, got a {type(config).__name__}")
+    table = moshi_table(config) if isinstance(config, MoshiConfig) else mimi_table(config)
+    return Naming(table, names == FUSED, MODEL_FILE, config.to_kyutai())
 
 
 def write_file(

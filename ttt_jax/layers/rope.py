@@ -41,3 +41,20 @@ def rotate(rope: RotaryEmbedding, x: jax.Array, positions: jax.Array) -> jax.Arr
     real, imaginary = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_3d(rope: RotaryEmbedding, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotates `x [..., T, H, D]` to the (frame, row, column) of `positions [..., T, 3]` (or `[T, 3]`), in x's dtype.
+
+    The first D/4 features turn by the frame, the next 3D/8 by the row and the last 3D/8 by the column, each part as
+    `rotate` turns a head of that size. Position (0, 0, 0) leaves x as it is, bit for bit.
+
+    Raises:
+        ValueError: D is no multiple of 16, so that a part would be odd.
+    """
+    head_dim = x.shape[-1]
+    if head_dim % 16:
+        raise ValueError(f"x must have a head dim that 16 divides to rotate in three axes, got shape {x.shape}")
+    ends = (head_dim // 4, head_dim // 4 + 3 * head_dim // 8)
+    parts = jnp.split(x, ends, axis=-1)
+    return jnp.concatenate([rotate(rope, part, positions[..., i]) for i, part in enumerate(parts)], axis=-1)

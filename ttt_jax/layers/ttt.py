@@ -15,7 +15,7 @@ import numpy as np
 
 from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.conv import causal_conv
-from ttt_jax.layers.rope import RotaryEmbedding, rotate
+from ttt_jax.layers.rope import RotaryEmbedding, rotate, rotate_3d
 from ttt_jax.ttt import TTTLinearParams, TTTMLPParams, TTTState, init_state, ttt_linear, ttt_loss, ttt_mlp
 
 Kind = Literal["linear", "mlp"]
@@ -213,8 +213,8 @@ class TTTLayer(nn.Module):
           state: what the previous call returned; None starts every row afresh.
           length: [B] int, real tokens of each row; the others return zeros, change nothing, and never matter.
           reset: [B] bool, rows that start afresh before their first token.
-          positions: [B, T] int, for layers that rotate by position in the sequence; default 0, 1, ... from the row's
-            start.
+          positions: [B or 1, T] int, for layers that rotate by position in the sequence; default 0, 1, ... from the
+            row's start. [B or 1, T, 3] are (frame, row, column) of a video, as `rotate_3d` takes them.
 
         Returns:
           [B, T, width] in `dtype`, and the state after the last real token.
@@ -275,8 +275,11 @@ class TTTLayer(nn.Module):
             raise ValueError(
                 "positions: expected None, since this layer rotates by its own count within the mini-batch."
             )
-        if positions is not None and positions.shape != x.shape[:2]:
-            raise ValueError(f"positions: expected shape [B, T] = {x.shape[:2]}, got {positions.shape}.")
+        if positions is not None:
+            rows, *rest = positions.shape or (0,)
+            if rows not in (1, x.shape[0]) or rest not in ([x.shape[1]], [x.shape[1], 3]):
+                expected = f"[B or 1, T] or [B or 1, T, 3] with [B, T] = {x.shape[:2]}"
+                raise ValueError(f"positions: expected shape {expected}, got {positions.shape}.")
 
     def _projections(self, x, state, length):
         """q, k, v [B, T, H, D] before rotation, and the convolutions' next past."""
@@ -305,8 +308,8 @@ class TTTLayer(nn.Module):
             if c.positions == "in_mini_batch":
                 positions = positions % c.mini_batch_size
             positions = jnp.broadcast_to(positions, q.shape[:2])
-        rope = RotaryEmbedding(c.rope_theta)
-        return rotate(rope, q, positions), rotate(rope, k, positions)
+        rope, turn = RotaryEmbedding(c.rope_theta), rotate if positions.ndim == 2 else rotate_3d
+        return turn(rope, q, positions), turn(rope, k, positions)
 
     def _options(self, state, length, reset):
         c = self.config

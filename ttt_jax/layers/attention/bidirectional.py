@@ -19,24 +19,24 @@ def attend_bidirectional(segment: int, overlap: int, q, k, v, rope: RotaryEmbedd
     starts = stride * jnp.arange(num_segments, dtype=jnp.int32)[None]
     real = jnp.clip(length[:, None] - starts, 0, segment)
     exists = (starts == 0) | (real > overlap)
-    q, k, v = (_cut(x, num_segments, segment, stride) for x in (q, k, v))
+    q, k, v = (cut(x, num_segments, segment, stride) for x in (q, k, v))
     if rope is not None:
         inside = jnp.arange(segment, dtype=jnp.int32)
         q, k = rotate(rope, q, inside), rotate(rope, k, inside)
-    out = (flash.attend_real if use_flash else _attend_real)(q, k, v, real)
+    out = (flash.attend_real if use_flash else attend_real)(q, k, v, real)
     exists = jnp.broadcast_to(exists[:, :, None, None, None], (*q.shape[:3], 1, 1))
     out = jnp.where(exists, out, jnp.zeros((), out.dtype)).astype(at_least_float32(out.dtype))
-    count = _summed(exists.astype(out.dtype), stride)[:, :frames]
-    return (_summed(out, stride)[:, :frames] / jnp.maximum(count, 1)).astype(q.dtype)
+    count = summed(exists.astype(out.dtype), stride)[:, :frames]
+    return (summed(out, stride)[:, :frames] / jnp.maximum(count, 1)).astype(q.dtype)
 
 
-def _attend_real(q, k, v, real):
+def attend_real(q, k, v, real):
     """`[B, N, S, H, D]`, every query against the first `real [B, N]` keys of its segment."""
     visible = jnp.arange(q.shape[2], dtype=jnp.int32)[None, None, None] < real[:, :, None, None]
     return softmax_attention([KeySet(q, k, v, visible)])
 
 
-def _cut(x, num_segments: int, segment: int, stride: int):
+def cut(x, num_segments: int, segment: int, stride: int):
     """`[B, T, ...]` to `[B, N, segment, ...]`, by slices of whole strides: gathers and their gradients are slow."""
     pieces = -(-segment // stride)
     blocks = num_segments - 1 + pieces
@@ -45,8 +45,8 @@ def _cut(x, num_segments: int, segment: int, stride: int):
     return jnp.concatenate([x[:, p : p + num_segments] for p in range(pieces)], axis=2)[:, :, :segment]
 
 
-def _summed(segments, stride: int):
-    """The opposite of `_cut`: `[B, N, segment, ...]` to `[B, T', ...]`, shared frames added up."""
+def summed(segments, stride: int):
+    """The opposite of `cut`: `[B, N, segment, ...]` to `[B, T', ...]`, shared frames added up."""
     batch, num_segments, segment, *rest = segments.shape
     pieces = -(-segment // stride)
     unused = ((0, 0),) * len(rest)

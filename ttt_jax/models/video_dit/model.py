@@ -1,0 +1,184 @@
+"""TTT-Video-DiT (Dalal et al. 2025): a diffusion transformer over a video's scenes with their texts.
+
+Attention is local to a scene; TTT layers read all scenes in both directions.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.dtypes import at_least_float32
+from ttt_jax.layers.norm import LayerNorm
+from ttt_jax.layers.rope import RotaryEmbedding
+from ttt_jax.layers.ttt import TTTLayer
+from ttt_jax.layers.two_way import NormedAttention, Parts, gated_passes
+from ttt_jax.models.video_dit import scenes
+from ttt_jax.models.video_dit.config import VideoDiTConfig
+
+MODULATION_INIT = nn.initializers.normal(0.02)
+MODULATED = ("video", "text")
+"""The parts in the order of their vectors in a modulation."""
+MAX_PERIOD = 1e4
+
+
+def _dense(config: VideoDiTConfig, features: int, name: str, **options: Any) -> nn.Dense:
+    dtype = jnp.dtype(config.dtype)
+    return nn.Dense(features, dtype=dtype, param_dtype=at_least_float32(dtype), name=name, **options)
+
+
+def timestep_embedding(timestep: jax.Array, width: int) -> jax.Array:
+    """`[cos(t w_i), sin(t w_i)]` with `w_i = 1e4^(-i / half)`, `i < half = width / 2`: `[B]` to float32 `[B, width]`.
+
+    Float32 in every model, rounded as the published one rounds: at t = 1000 an angle's last bit is 6e-5.
+    """
+    half = width // 2
+    exponents = -np.float32(np.log(MAX_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = jnp.asarray(np.exp(exponents.astype(np.float64)), jnp.float32)
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """`Linear(SiLU(Linear(timestep_embedding(t))))`."""
+
+    config: VideoDiTConfig
+
+    @nn.compact
+    def __call__(self, timestep: jax.Array) -> jax.Array:
+        """`[B]` to `[B, time_embed_dim]`."""
+        c = self.config
+        x = timestep_embedding(jnp.asarray(timestep), c.model_dim)
+        return _dense(c, c.time_embed_dim, "linear2")(nn.silu(_dense(c, c.time_embed_dim, "linear1")(x)))
+
+
+class AdaptiveNorm(nn.Module):
+    """`LN(x) * (1 + scale) + shift`, shift and scale made of the timestep, others for every part (adaLN).
+
+    Attributes:
+        config: of the model.
+        gated: whether to make gates too.
+    """
+
+    config: VideoDiTConfig
+    gated: bool = True
+
+    @nn.compact
+    def __call__(self, parts: Parts, time: jax.Array) -> tuple[Parts, Parts]:
+        """Parts `[B, ..., model_dim]` to such, and gates to multiply such with (none unless `gated`).
+
+        `modulation` makes shift, scale and gate of each part, in the order of `MODULATED`.
+        """
+        c, kinds = self.config, 2 + self.gated
+        modulation = _dense(c, kinds * len(parts) * c.model_dim, "modulation", kernel_init=MODULATION_INIT)
+        chunks = jnp.split(modulation(nn.silu(time)), kinds * len(parts), axis=-1)
+        norm = LayerNorm(name="norm")
+        out, gates = {}, {}
+        for i, name in enumerate(name for name in MODULATED if name in parts):
+            x = parts[name]
+            vectors = [chunk.reshape(chunk.shape[0], *(1,) * (x.ndim - 2), -1) for chunk in chunks[kinds * i :][:kinds]]
+            out[name] = norm(x) * (1 + vectors[1]) + vectors[0]
+            gates |= {name: vectors[2]} if self.gated else {}
+        return out, gates
+
+
+class MLP(nn.Module):
+    """`W2 gelu(W1 x)` with biases, four times as wide inside, tanh's GELU."""
+
+    config: VideoDiTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., model_dim]` to the same."""
+        width = self.config.model_dim
+        hidden = nn.gelu(_dense(self.config, 4 * width, "layer1")(x), approximate=True)
+        return _dense(self.config, width, "layer2")(hidden)
+
+
+class Block(nn.Module):
+    """`x += gate * TTT(SA(adaLN(x))); x += gate * MLP(adaLN(x))`, TTT in two gated passes."""
+
+    config: VideoDiTConfig
+
+    @nn.compact
+    def __call__(self, parts: Parts, time: jax.Array) -> Parts:
+        """Text `[B, scenes, L, model_dim]` and video `[B, frames, h, w, model_dim]`, the timestep's embedding."""
+        c = self.config
+        seen, gates = AdaptiveNorm(c, name="pre_seq")(parts, time)
+        parts = _add(parts, gates, self._mixed(seen))
+        seen, gates = AdaptiveNorm(c, name="pre_mlp")(parts, time)
+        mlp = MLP(c, name="mlp")
+        return _add(parts, gates, {name: mlp(x) for name, x in seen.items()})
+
+    def _mixed(self, parts: Parts) -> Parts:
+        c = self.config
+        dtype, rope = jnp.dtype(c.dtype), RotaryEmbedding(c.theta)
+
+        def attend(q: Parts, k: Parts, v: Parts) -> Parts:
+            return scenes.attend_scenes(q, k, v, stride=c.attn_length, shared=c.prefix_temporal_length, rope=rope)
+
+        parts = NormedAttention(c.num_heads, dtype, name="self_attn")(parts, attend)
+        learn = functools.partial(scenes.read_scenes, TTTLayer(c.ttt_config, dtype=dtype, name="ttt"))
+        return gated_passes(self, learn, parts, scenes.reverse, c.gating_alpha_init)
+
+
+def _add(parts: Parts, gates: Parts, branch: Parts) -> Parts:
+    return {name: x + gates[name] * branch[name] for name, x in parts.items()}
+
+
+class VideoDiT(nn.Module):
+    """The denoising network: noisy latents, the scenes' texts and the timestep to its prediction; see `__call__`."""
+
+    config: VideoDiTConfig
+
+    @nn.compact
+    def __call__(self, video: jax.Array, text: jax.Array, timestep: jax.Array) -> jax.Array:
+        """The network's output for noisy latents.
+
+        Scene i attends to its own text and to the frames `[attn_length * i, attn_length * (i + 1) +
+        prefix_temporal_length)`, as far as there are any. TTT reads `frames // scenes` frames after each text, and
+        after the first one the remainder too; in the backward pass after the last one.
+
+        Args:
+            video: `[B, frames, in_channels, h, w]` floating; h and w are multiples of patch_size.
+            text: `[B, scenes, L, text_dim]` floating, a text of L tokens for every scene.
+            timestep: `[B]` integer or floating.
+
+        Returns:
+            `[B, frames, in_channels, h, w]`, float32 (float64 if the config's dtype is).
+
+        Raises:
+            ValueError: shapes that do not fit the config or each other, or frames that no scene sees.
+        """
+        c = self.config
+        c.check_inputs(video, text, timestep)
+        dtype = jnp.dtype(c.dtype)
+        time = TimeEmbedding(c, name="time_embed")(timestep)
+        parts = {
+            "text": _dense(c, c.model_dim, "text_proj")(text.astype(dtype)),
+            "video": _dense(c, c.model_dim, "vid_proj")(_patches(video.astype(dtype), c.patch_size)),
+        }
+        block: Any = nn.remat(Block) if c.remat else Block
+        for i in range(c.num_layers):  # not scanned: layers stay one to one with a checkpoint's tensors
+            parts = block(c, name=f"layers_{i}")(parts, time)
+        x = LayerNorm(name="transformer_norm")(parts["video"])
+        seen, _ = AdaptiveNorm(c, gated=False, name="final_layer")({"video": x}, time)
+        x = _dense(c, c.in_channels * c.patch_size**2, "final_linear")(seen["video"])
+        return _video(x.astype(at_least_float32(dtype)), c.patch_size)
+
+
+def _patches(video: jax.Array, size: int) -> jax.Array:
+    """`[B, F, C, h * size, w * size]` to `[B, F, h, w, C * size * size]`."""
+    batch, frames, channels, height, width = video.shape
+    x = video.reshape(batch, frames, channels, height // size, size, width // size, size)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, height // size, width // size, -1)
+
+
+def _video(patches: jax.Array, size: int) -> jax.Array:
+    """The opposite of `_patches`."""
+    batch, frames, height, width = patches.shape[:4]
+    x = patches.reshape(batch, frames, height, width, -1, size, size).transpose(0, 1, 4, 2, 5, 3, 6)
+    return x.reshape(batch, frames, -1, height * size, width * size)
