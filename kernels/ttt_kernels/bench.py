@@ -3,12 +3,11 @@
     python -m ttt_kernels.bench --output=kernels/measured
 
 Writes DEVICE.json and DEVICE.png there and prints the table. Everything is measured in one run. Each shape has a
-process of its own: all compile beside each other, and when all have, they measure one after the other. Where
-flash-linear-attention is installed, its TTT-Linear is timed too.
+process of its own: all compile beside each other; when all have, one after the other measures and ends, so that it
+returns its memory. Where flash-linear-attention is installed, its TTT-Linear is timed too.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import importlib.metadata
@@ -231,45 +230,53 @@ def compile_latency(variant: Variant) -> Callable[[], float]:
     return lambda: median_seconds(compiled, *arguments()) / (num_tokens / variant.mini_batch_size)
 
 
-_all_compiled: Any
-_device: Any
+def _measure(shape: Shape, parent: Any) -> None:
+    """In a process of its own; `parent` is told that all has compiled, says when to measure, and gets the result."""
+    measure, measure_latency = shape.compile(IMPLEMENTATIONS), None
+    found: dict[str, Any] = {}
+    if (shape.rows, shape.tokens) == FULL_SHAPE:
+        measure_latency, found["errors"] = compile_latency(shape.variant), errors(shape.variant, IMPLEMENTATIONS)
+    parent.send("compiled")
+    parent.recv()
+    found |= measure()
+    if measure_latency is not None:
+        found["latency"] = measure_latency()
+    parent.send(found)
 
 
-def _share(all_compiled: Any, device: Any) -> None:
-    global _all_compiled, _device
-    _all_compiled, _device = all_compiled, device
+def _measure_each(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+    """Prints each result to stderr as it comes.
 
+    Raises:
+        EOFError: a process failed; what it raised it has printed.
+    """
+    from tqdm import tqdm
 
-def _measure(shape: Shape) -> dict[str, Any]:
-    """In a process of its own."""
-    try:
-        measure = shape.compile(IMPLEMENTATIONS)
-        measure_latency = None
-        if (shape.rows, shape.tokens) == FULL_SHAPE:
-            measure_latency, of_variant = compile_latency(shape.variant), errors(shape.variant, IMPLEMENTATIONS)
-        _all_compiled.wait()
-    except BaseException:
-        _all_compiled.abort()
-        raise
-    with _device:
-        found = measure()
-        return found if measure_latency is None else {**found, "errors": of_variant, "latency": measure_latency()}
+    spawn = multiprocessing.get_context("spawn")
+    pipes = [spawn.Pipe() for _ in shapes]
+    processes = [
+        spawn.Process(target=_measure, args=(shape, child), daemon=True)
+        for shape, (_, child) in zip(shapes, pipes, strict=True)
+    ]
+    for process, (_, child) in zip(processes, pipes, strict=True):
+        process.start()
+        child.close()
+    parents, results = [parent for parent, _ in pipes], []
+    for parent in tqdm(parents, "compiled", file=sys.stderr):
+        parent.recv()
+    for process, parent in zip(tqdm(processes, "measured", file=sys.stderr), parents, strict=True):
+        parent.send("measure")
+        results.append(parent.recv())
+        process.join()
+        tqdm.write(json.dumps(results[-1]), file=sys.stderr)
+    return results
 
 
 def run() -> dict[str, Any]:
     """All measurements."""
-    from tqdm import tqdm
-
     shapes = [Shape(variant, *FULL_SHAPE) for variant in VARIANTS]
     shapes += [Shape(variant, 1, tokens) for variant in PLOTTED for tokens in PLOTTED_TOKENS]
-    spawn = multiprocessing.get_context("spawn")
-    shared = spawn.Barrier(len(shapes)), spawn.Lock()
-    # One task each, so that a process returns its device memory to those that wait.
-    with concurrent.futures.ProcessPoolExecutor(len(shapes), spawn, _share, shared, max_tasks_per_child=1) as pool:
-        tasks = [pool.submit(_measure, shape) for shape in shapes]
-        for task in tqdm(concurrent.futures.as_completed(tasks), "shapes", len(tasks), file=sys.stderr):
-            tqdm.write(json.dumps(task.result()), file=sys.stderr)
-    measured = [task.result() for task in tasks]
+    measured = _measure_each(shapes)
     result = {
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},

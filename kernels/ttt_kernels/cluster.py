@@ -125,25 +125,20 @@ class _Arrivals:
     def start(self) -> None:
         """Once, before any block stores: each block arrives at a cluster barrier after it."""
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
         def initialize(_, barrier):
             first = mgpu.single_thread_predicate(scope=mgpu.ThreadSubset.BLOCK)
             nvvm.mbarrier_init(_pointer(barrier), mgpu.c(_WARPS, _int32()), predicate=first)
             mgpu.utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
             mgpu.warpgroup_barrier()
 
-        initialize(self.barrier)
+        _inline(initialize, plgpu.RefType())(self.barrier)
 
     def expect(self, num_bytes: int) -> jax.Array:
         """Announces what all blocks together will store here; returns the parity to wait for, int32."""
 
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(),),
-            return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
-        )
         def announce(_, barrier):
             # A warp's threads see the barrier's parity before the warp arrives, so before the phase can end.
-            parity = mgpu.utils.inline_ptx(
+            parity: Any = mgpu.utils.inline_ptx(
                 """
                 {
                     .reg .pred is_odd, is_first;
@@ -164,39 +159,40 @@ class _Arrivals:
             )
             return mgpu.FragmentedArray.splat(parity, (), is_signed=True)
 
-        return announce(self.barrier)
+        scalar: Any = plgpu.Layout.WG_SPLAT
+        result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar)
+        return _inline(announce, plgpu.RefType(), result=result)(self.barrier)
 
     def store(self, value: jax.Array, target: Any, transforms: tuple[Any, Any]) -> None:
         """Into `target` of every block."""
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(transforms), plgpu.RefType()))
         def store(_, value, target, barrier):
-            index = ir.IndexType.get()
-            own = gpu.cluster_block_id(gpu.Dimension.x)
+            index, x = ir.IndexType.get(), gpu.Dimension.x
             # Else the compiler packs values into pairs before the product that they come from has ended.
             value = mgpu.optimization_barrier(value)
-            arrivals = mgpu.BarrierRef(_pointer(barrier), mgpu.c(0, _int32()), None, 1)
+            phases: Any = None
+            arrivals = mgpu.BarrierRef(_pointer(barrier), mgpu.c(0, _int32()), phases, 1)
             for i in range(SLICES):
-                peer = arith.remui(arith.addi(own, mgpu.c(i, index)), mgpu.c(SLICES, index))
+                peer = arith.remui(arith.addi(gpu.cluster_block_id(x), mgpu.c(i, index)), mgpu.c(SLICES, index))
                 value.store_tiled_async(
-                    target,
-                    arrivals,
-                    cluster_dim=gpu.Dimension.x,
-                    cluster_idx=peer,
-                    swizzle=4 * value.shape[1],
-                    optimized=False,
+                    target, arrivals, cluster_dim=x, cluster_idx=peer, swizzle=4 * value.shape[1], optimized=False
                 )
 
-        store(value, target, self.barrier)
+        _inline(store, hopper.WGMMA, plgpu.RefType(transforms), plgpu.RefType())(value, target, self.barrier)
 
     def wait(self, parity: jax.Array) -> None:
         """Until all has come."""
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
         def wait(_, barrier, parity):
             nvvm.mbarrier_try_wait_parity(_pointer(barrier), parity.registers.item(), mgpu.c(10_000_000, _int32()))
 
-        wait(self.barrier, parity)
+        _inline(wait, plgpu.RefType(), plgpu.Layout.WG_SPLAT)(self.barrier, parity)
+
+
+def _inline(function: Callable[..., Any], *arguments: Any, result: Any = None) -> Callable[..., Any]:
+    """A function of Pallas' from one that writes Mosaic's code."""
+    inlined: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=result)
+    return inlined(function)
 
 
 def _int32() -> Any:

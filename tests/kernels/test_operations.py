@@ -308,6 +308,9 @@ def test_explain_says_what_none_takes(monkeypatch):
         assert "not measured to be faster on 'cpu'" in ttt_jax.explain(*arguments)
         monkeypatch.setattr(pallas, "FASTER_ON", frozenset({"cpu"}))
         assert ttt_jax.explain(*arguments) == "pallas"
+        state = LINEAR[0].run("scan", arguments[0], make_tokens(3))[1]
+        step = make_tokens(1, dtype=jnp.float32)
+        assert "not measured to be faster" in ttt_jax.explain(arguments[0], *step, state=state)
     with pytest.raises(ValueError, match="q: expected an array, got int"):
         ttt_jax.explain(make_params(), 1, 1, 1, 1)
 

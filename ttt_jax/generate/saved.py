@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
+import tensorstore
 
 from ttt_jax.files import new_path
 from ttt_jax.generate.conversation import Configs, Conversation, init_conversation
@@ -61,10 +62,21 @@ def load_conversation(directory: str | pathlib.Path, configs: Configs, params: t
     named, device = _named(shapes), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), named)
     try:
+        _read_everything(directory / CONVERSATION)
         leaves: Any = ocp.load(str(directory), abstract, checkpointable_name=CONVERSATION)
     except Exception as error:  # of many types, as above
         raise ValueError(f"{directory}: the saved conversation cannot be read ({error})") from error
     return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in named])
+
+
+def _read_everything(directory: pathlib.Path) -> None:
+    """Raises an error of TensorStore's where something is damaged.
+
+    Orbax would raise one too, but leaves its other reads running, each of which then reports that nobody waits for it.
+    """
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/"}).result()
+    for key in store.list().result():
+        store.read(key).result()
 
 
 def _named(tree: Any) -> dict[str, Any]:

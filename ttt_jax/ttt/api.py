@@ -215,8 +215,8 @@ def _dispatch(
     _check_static(mini_batch_size=mini_batch_size, remat_every=remat_every, eps=eps)
     _check_rows(q, token_scale, length, reset, mini_batch_size)
     _check_state(params, q.shape[0], mini_batch_size, state)
-    names = _implementations(implementation)
     call = _prepare(params, q, k, v, lr, mini_batch_size, causal, token_scale, state, length, reset, eps, remat_every)
+    names = _implementations(implementation, call)
     refusals = []
     for name in names:
         try:
@@ -254,7 +254,7 @@ def explain(
     refusal = pallas.refusal(call)
     if refusal is not None:
         return f"scan; the kernels cannot take this call: {refusal}"
-    if pallas.is_default():
+    if pallas.is_default(call):
         return "pallas"
     kind = devices.default_device().device_kind
     return f"scan; the kernels can take this call, but were not measured to be faster on {kind!r}: name 'pallas' to try"
@@ -273,9 +273,9 @@ def _run(name: str, operation: str, call: Call):
     return scan.losses(call) if operation == "losses" else scan.ttt(call)
 
 
-def _implementations(implementation: Implementation) -> tuple[str, ...]:
+def _implementations(implementation: Implementation, call: Call) -> tuple[str, ...]:
     if implementation is None:
-        return ("pallas", "scan") if pallas.is_default() else ("scan",)
+        return ("pallas", "scan") if pallas.is_default(call) else ("scan",)
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:

@@ -16,16 +16,17 @@ from ttt_jax.ttt import scan
 from ttt_jax.ttt.call import Call, commit_pending, fresh_state, select_rows
 from ttt_jax.ttt.types import TTTMLPParams, TTTState
 
-FASTER_ON: frozenset[str] = frozenset()
-"""Kinds of devices on which the kernels were measured to be faster than the scan: there they are the default."""
+FASTER_ON: frozenset[str] = frozenset({"NVIDIA H100 80GB HBM3"})
+"""Kinds of devices on which the kernels were measured to be faster than the scan, forward and back: see
+kernels/README.md. There they are the default, but for steps of one token, which were not measured."""
 
 HOPPER = 9
 """Major compute capability of the GPUs that the kernels are for."""
 
 
-def is_default() -> bool:
+def is_default(call: Call) -> bool:
     """Whether the kernels are tried first where no implementation is named."""
-    return devices.default_device().device_kind in FASTER_ON
+    return devices.default_device().device_kind in FASTER_ON and not _is_step(call)
 
 
 def refusal(call: Call) -> str | None:
@@ -72,7 +73,7 @@ class _Part(NamedTuple):
     """Consecutive tokens of each row."""
 
     start: jax.Array | None  # [B] int32, token of the call; None: every row's first
-    length: jax.Array | None  # [B] int32; None: `size` in every row
+    length: jax.Array | None  # [B] int32; None, if start is None too: `size` in every row
     size: int  # tokens at most
 
 
@@ -89,18 +90,17 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
         return _joined(call, [(everything, out)]), state
     lengths, start, parts = call.lengths, jnp.zeros(batch_size, jnp.int32), []
     if call.state is not None:
-        completing = _Part(None, jnp.minimum(-state.count % c, lengths), c)
+        start = jnp.minimum(-state.count % c, lengths)
+        completing = _Part(None, start, c)
         out, state = scan.ttt(_call_of(call, completing, state))
         parts.append((completing, out))
-        start = completing.length
-    whole = _Part(start, (lengths - start) // c * c, num_tokens // c * c)
-    end = whole.start + whole.length
-    if call.state is None and call.length is None:
-        whole = _Part(None, None, whole.size)
+    size, length = num_tokens // c * c, (lengths - start) // c * c
+    everywhere = call.state is None and call.length is None
+    whole = _Part(None, None, size) if everywhere else _Part(start, length, size)
     out, state = _whole_mini_batches(call, whole, state)
     parts.append((whole, out))
-    if call.state is not None or call.length is not None or num_tokens % c:
-        rest = _Part(end, lengths - end, c)
+    if not everywhere or num_tokens % c:
+        rest = _Part(start + length, lengths - start - length, c)
         out, state = scan.ttt(_call_of(call, rest, state))
         parts.append((rest, out))
     return _joined(call, parts), state
@@ -180,15 +180,17 @@ def _call_of(call: Call, part: _Part, state: TTTState) -> Call:
 
 def _tokens_of(x: jax.Array, part: _Part) -> jax.Array:
     """`[B, T, ...]` to the tokens of a part, zero behind its length."""
-    trailing = (1,) * (x.ndim - 2)
     at = jnp.arange(part.size, dtype=jnp.int32)[None]
-    real = None if part.length is None else at < part.length[:, None]
     if part.start is None:
-        taken = jnp.pad(x[:, : part.size], ((0, 0), (0, max(0, part.size - x.shape[1])), *((0, 0) for _ in trailing)))
-    else:
+        x = jnp.pad(x[:, : part.size], ((0, 0), (0, max(0, part.size - x.shape[1]))) + ((0, 0),) * (x.ndim - 2))
+    if part.length is None:
+        return x
+    trailing = (1,) * (x.ndim - 2)
+    real = at < part.length[:, None]
+    if part.start is not None:
         at = jnp.where(real, part.start[:, None] + at, 0)
-        taken = jnp.take_along_axis(x, at.reshape(*at.shape, *trailing), axis=1, mode="promise_in_bounds")
-    return taken if real is None else jnp.where(real.reshape(*real.shape, *trailing), taken, 0)
+        x = jnp.take_along_axis(x, at.reshape(*at.shape, *trailing), axis=1, mode="promise_in_bounds")
+    return jnp.where(real.reshape(*real.shape, *trailing), x, 0)
 
 
 def _joined(call: Call, parts: list[tuple[_Part, jax.Array]]) -> jax.Array:
