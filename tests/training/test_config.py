@@ -57,6 +57,7 @@ def make(**sections) -> ExperimentConfig:
         ({"precision": {"frozen": "int8"}}, r"config\.precision\.frozen: .*'bfloat16'.*'int8'"),
         ({"precision": {"parameters": "bfloat16"}}, r"config\.precision\.parameters: .*'float32'.*'bfloat16'"),
         ({"lora": {"rank": 0}}, r"config\.lora: rank: expected at least 1, got 0"),
+        ({"objective": "next_tokn"}, r"config\.objective: expected one of \['next_token'.*, got 'next_tokn'"),
         ({"seed": -1}, r"config: seed: expected a non-negative"),
     ],
 )
@@ -103,6 +104,16 @@ def test_a_workdir_with_a_checkpoint_belongs_to_one_experiment(tmp_path):
     assert "model.ttt: None -> {'layers': [1]" in str(error.value)
     assert "checkpoint" not in str(error.value).split("Use a new")[0]
     claim_workdir(tmp_path, dataclasses.replace(config))
+
+
+def test_a_workdir_from_before_there_were_objectives_is_gone_on_with(tmp_path):
+    claim_workdir(tmp_path, make())
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored.pop("objective") == "next_token"
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    claim_workdir(tmp_path, make())
+    assert json.loads((tmp_path / "config.json").read_text())["objective"] == "next_token"
 
 
 def test_a_missing_dataset_names_the_command_and_writes_nothing(tmp_path):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ttt_jax.checkpoint import has_checkpoint
 from ttt_jax.config import from_mapping
@@ -13,6 +13,7 @@ from ttt_jax.files import write_atomically
 from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.training import distributed
 
+ObjectiveName = Literal["next_token"]
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES = ("cosine", "linear", "constant")
 TrainMode = Literal["all", "qkvo", "ttt", "lora"]
@@ -20,6 +21,8 @@ TRAIN_MODES = ("all", "qkvo", "ttt", "lora")
 GROUPS = ("base", "ttt", "gates")
 
 _DTYPE = "{}, as precision.activations sets it (leave model.dtype out)"
+
+_ONLY_MOSHI = "another value: there is such only for objective='next_token'"
 
 RESUMABLE = ("checkpoint", "log", "validation", "mesh")
 """Sections that may differ when a run is resumed: they do not change the parameters, `mesh` but for rounding."""
@@ -329,49 +332,91 @@ class MeshConfig:
         _require(mesh=(sizes.count(-1) <= 1, "at most one axis of -1", sizes))
 
 
+class Sections(NamedTuple):
+    """The types of the sections that every objective has its own of."""
+
+    model: type  # has `dtype`
+    data: type  # has `directory` and `batch_size`
+    loss: type
+
+
+SECTIONS: dict[str, Sections] = {"next_token": Sections(MoshiConfig, DataConfig, LossConfig)}
+"""By objective."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """A whole training run; with the dataset and `init_from` it determines the trained parameters.
 
     Attributes:
-        data: What an update reads.
-        model: Its `dtype` is set by `precision.activations`.
+        data: What an update reads: the objective's type in `SECTIONS`, such as `DataConfig`.
+        objective: What the model learns: "next_token", the next frame of a Moshi.
+        model: The objective's type, such as `MoshiConfig`; None: that with its defaults. Its `dtype` is set by
+            `precision.activations`.
         seed: Of fresh parameters and of the order of the data.
         init_from: Directory of the model to start from, as `ttt_jax.load` takes it; "" starts from fresh parameters.
             TTT layers and gates that it does not have are inserted fresh, without effect on its logits.
         optimizer: What changes, and how.
         lora: Low-rank factors, when `optimizer.train` asks for them.
         precision: Dtypes.
-        loss: Weights inside it.
+        loss: What it is made of: the objective's type, such as `LossConfig`; None: that with its defaults.
         checkpoint: When to save.
         log: What goes to metrics.jsonl.
         validation: How often, and on how much.
     """
 
-    data: DataConfig
-    model: MoshiConfig = dataclasses.field(default_factory=MoshiConfig)
+    data: Any
+    objective: ObjectiveName = "next_token"
+    model: Any = None
     seed: int = 0
     init_from: str = ""
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAConfig = LoRAConfig()
     precision: Precision = Precision()
-    loss: LossConfig = LossConfig()
+    loss: Any = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     validation: ValidationConfig = ValidationConfig()
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
+        self._check_sections()
         groups, rows = self.optimizer.accumulate, self.data.batch_size
-        dtype, has_ttt = self.precision.activations, self.model.ttt is not None and len(self.model.ttt.layers) > 0
-        is_possible = has_ttt or self.optimizer.train != "ttt"
+        dtype, default = self.precision.activations, type(self.model).dtype
+        is_possible = _has_ttt(self.model) or self.optimizer.train != "ttt"
         _require(
             seed=(0 <= self.seed < 2**31, "a non-negative 31-bit integer", self.seed),
             **{"optimizer.accumulate": (rows % groups == 0, f"a divisor of data.batch_size = {rows}", groups)},
             **{"optimizer.train": (is_possible, "something else than 'ttt' without model.ttt", self.optimizer.train)},
-            **{"model.dtype": (self.model.dtype in (MoshiConfig.dtype, dtype), _DTYPE.format(dtype), self.model.dtype)},
+            **{"model.dtype": (self.model.dtype in (default, dtype), _DTYPE.format(dtype), self.model.dtype)},
         )
         object.__setattr__(self, "model", dataclasses.replace(self.model, dtype=dtype))
+
+    @classmethod
+    def field_types(cls, mapping: Mapping[str, Any]) -> dict[str, Any]:
+        """The types of the objective's own sections, as `from_mapping` asks for them."""
+        sections = SECTIONS.get(mapping.get("objective", cls.objective), SECTIONS[cls.objective])
+        optional = {name: kind | None for name, kind in sections._asdict().items() if name != "data"}
+        return {"data": sections.data} | optional
+
+    def _check_sections(self) -> None:
+        _require(objective=(self.objective in SECTIONS, f"one of {tuple(SECTIONS)}", self.objective))
+        for name, kind in SECTIONS[self.objective]._asdict().items():
+            if getattr(self, name) is None and name != "data":
+                object.__setattr__(self, name, kind())
+            section = getattr(self, name)
+            expected = f"a {kind.__name__}, as objective={self.objective!r} has it"
+            _require(**{name: (isinstance(section, kind), expected, section)})
+        is_moshi = isinstance(self.model, MoshiConfig)
+        _require(
+            **{"optimizer.train": (is_moshi or self.optimizer.train != "lora", _ONLY_MOSHI, self.optimizer.train)},
+            **{"log.audio_every_steps": (is_moshi or not self.log.audio_every_steps, _ONLY_MOSHI, "more than 0")},
+        )
+
+
+def _has_ttt(model: Any) -> bool:
+    """Whether there are TTT layers; a Moshi may have none."""
+    return not isinstance(model, MoshiConfig) or (model.ttt is not None and len(model.ttt.layers) > 0)
 
 
 def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:
@@ -413,7 +458,7 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     path = workdir / "config.json"
     new = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists() and has_checkpoint(workdir):
-        old = json.loads(path.read_text())
+        old = _defaults() | json.loads(path.read_text())
         differing = [d for d in _differences(old, new) if not d.startswith(RESUMABLE)]
         if differing:
             lines = "\n  ".join(differing)
@@ -424,6 +469,11 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     if distributed.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(new, indent=2) + "\n")
+
+
+def _defaults() -> dict[str, Any]:
+    """What a config.json without these fields, written before there were such, means."""
+    return {"objective": ExperimentConfig.objective}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
