@@ -10,10 +10,11 @@ from ttt_jax.checkpoint import has_checkpoint
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.files import write_atomically
+from ttt_jax.models.infill import InfillConfig
 from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.training import distributed
 
-ObjectiveName = Literal["next_token"]
+ObjectiveName = Literal["next_token", "infill"]
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES = ("cosine", "linear", "constant")
 TrainMode = Literal["all", "qkvo", "ttt", "lora"]
@@ -332,6 +333,42 @@ class MeshConfig:
         _require(mesh=(sizes.count(-1) <= 1, "at most one axis of -1", sizes))
 
 
+@dataclasses.dataclass(frozen=True)
+class InfillDataConfig:
+    """What an update reads of the dataset in `directory`: random crops with masked spans.
+
+    Attributes:
+        directory: Of the token dataset.
+        num_frames: Frames of a crop.
+        batch_size: Crops.
+        masked_share: Of the crop's frames that are masked.
+        shortest_span: Frames of a masked span, at least.
+        longest_span: Frames of a masked span, at most.
+    """
+
+    directory: str
+    num_frames: int = 512
+    batch_size: int = 4
+    masked_share: float = 0.3
+    shortest_span: int = 16
+    longest_span: int = 96
+
+    def __post_init__(self):
+        shortest, longest = self.shortest_span, self.longest_span
+        in_order = 1 <= shortest <= longest <= self.num_frames
+        _require(
+            num_frames=(self.num_frames >= 2, "at least 2 frames", self.num_frames),
+            batch_size=(self.batch_size >= 1, "at least 1", self.batch_size),
+            masked_share=(0 < self.masked_share < 1, "a share in (0, 1)", self.masked_share),
+            longest_span=(in_order, f"1 <= shortest_span = {shortest} <= longest_span <= num_frames", longest),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InfillLossConfig:
+    """Nothing to choose: every code of a masked frame counts alike."""
+
+
 class Sections(NamedTuple):
     """The types of the sections that every objective has its own of."""
 
@@ -340,7 +377,10 @@ class Sections(NamedTuple):
     loss: type
 
 
-SECTIONS: dict[str, Sections] = {"next_token": Sections(MoshiConfig, DataConfig, LossConfig)}
+SECTIONS: dict[str, Sections] = {
+    "next_token": Sections(MoshiConfig, DataConfig, LossConfig),
+    "infill": Sections(InfillConfig, InfillDataConfig, InfillLossConfig),
+}
 """By objective."""
 
 
@@ -350,7 +390,7 @@ class ExperimentConfig:
 
     Attributes:
         data: What an update reads: the objective's type in `SECTIONS`, such as `DataConfig`.
-        objective: What the model learns: "next_token", the next frame of a Moshi.
+        objective: What the model learns: "next_token", the next frame of a Moshi; "infill", the masked spans of a recording.
         model: The objective's type, such as `MoshiConfig`; None: that with its defaults. Its `dtype` is set by
             `precision.activations`.
         seed: Of fresh parameters and of the order of the data.
@@ -387,7 +427,7 @@ class ExperimentConfig:
         _require(
             seed=(0 <= self.seed < 2**31, "a non-negative 31-bit integer", self.seed),
             **{"optimizer.accumulate": (rows % groups == 0, f"a divisor of data.batch_size = {rows}", groups)},
-            **{"optimizer.train": (is_possible, "something else than 'ttt' without model.ttt", self.optimizer.train)},
+            **{"optimizer.train": (is_possible, "something else than 'ttt' without TTT layers in the model", self.optimizer.train)},
             **{"model.dtype": (self.model.dtype in (default, dtype), _DTYPE.format(dtype), self.model.dtype)},
         )
         object.__setattr__(self, "model", dataclasses.replace(self.model, dtype=dtype))
@@ -415,7 +455,9 @@ class ExperimentConfig:
 
 
 def _has_ttt(model: Any) -> bool:
-    """Whether there are TTT layers; a Moshi may have none."""
+    """Whether there are TTT layers; some models may have none."""
+    if isinstance(model, InfillConfig):
+        return model.ssm_layer is not None
     return not isinstance(model, MoshiConfig) or (model.ttt is not None and len(model.ttt.layers) > 0)
 
 
@@ -437,13 +479,27 @@ def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:
         "existing_text_padding_id": info.text_padding_id,
         "existing_text_end_padding_id": info.end_of_padding_id,
     }
+    return _with_dataset(MoshiConfig, model, vocabulary)
+
+
+def infill_with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> InfillConfig:
+    """The same for the model that fills spans, which hears both speakers.
+
+    Raises:
+        ValueError: The section names a value that contradicts the dataset.
+    """
+    vocabulary = {"num_codebooks": 2 * info.num_codebooks, "card": info.card, "text_card": info.text_card}
+    return _with_dataset(InfillConfig, model, vocabulary)
+
+
+def _with_dataset[T](kind: type[T], model: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> T:
     for name, value in vocabulary.items():
         if name in model and model[name] != value:
             raise ValueError(
                 f"config.model.{name}: the dataset has {value}, the config says {model[name]!r}. "
                 "Leave it out of the config: it is read from the dataset."
             )
-    return from_mapping(MoshiConfig, {**model, **vocabulary}, "config.model")
+    return from_mapping(kind, {**model, **vocabulary}, "config.model")
 
 
 def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:

@@ -7,9 +7,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ttt_jax.training.config import TrainMode
 
-TTT = re.compile(r"\blayers_\d+/(ttt|norm_ttt)/")
-GATES = re.compile(r"\blayers_\d+/gate(_(forward|backward)_\w+)?$")
-TEMPORAL_ATTENTION = re.compile(r"\blayers_\d+/self_attn/")
+TTT = re.compile(r"\blayers_\d+/(two_way/)?(ttt|norm_ttt)/")
+GATES = re.compile(r"\blayers_\d+/(two_way/)?gate(_(forward|backward)_\w+)?$")
+TEMPORAL_ATTENTION = re.compile(r"\blayers_\d+/(two_way/)?self_attn/")
 """Projections and, where there are such, norms of queries and keys."""
 
 
