@@ -9,7 +9,7 @@ from absl import app, flags, logging
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py; its newest checkpoint is evaluated.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "One checkpoint, or a converted model; needs --data.")
-BENCHMARK = flags.DEFINE_list("benchmark", ["nll_by_position"], "Benchmarks: nll_by_position, recall, speed.")
+BENCHMARK = flags.DEFINE_list("benchmark", ["nll_by_position"], "Benchmarks: nll_by_position, recall, speed, infill.")
 DATA = flags.DEFINE_string("data", None, "Token dataset; by default the one that the workdir was trained on.")
 SPLIT = flags.DEFINE_string("split", "test", "Split of the dataset.")
 BASELINE = flags.DEFINE_string("baseline", None, "A model without TTT on the same data, beside which recall is shown.")

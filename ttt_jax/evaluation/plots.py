@@ -248,6 +248,8 @@ def training_figure(metrics: pathlib.Path) -> Figure | None:
     for kind, style in (("train", "-"), ("validation", "o--")):
         of_kind = [line for line in lines if kind in line]
         for name, color in (("text", "tab:green"), ("audio", "tab:blue")):
+            if not of_kind or name not in of_kind[0][kind]:
+                continue
             values = [np.mean(line[kind][name]) for line in of_kind]
             left.plot([line["step"] for line in of_kind], values, style, color=color, label=f"{kind} {name}", ms=3)
     left.set_ylabel("NLL [nats per token]")

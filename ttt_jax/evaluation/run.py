@@ -16,15 +16,24 @@ from ttt_jax.data.tokens import TOKENIZER_FILE
 from ttt_jax.evaluation import plots
 from ttt_jax.evaluation.block_speed import video_speed
 from ttt_jax.evaluation.continuation import continue_recording, spoken_text, write_wav
+from ttt_jax.evaluation.infill import Spans, infill_nll
 from ttt_jax.evaluation.nll_by_position import nll_by_position
 from ttt_jax.evaluation.recall import recall
 from ttt_jax.evaluation.report import Section, as_text, write_report
 from ttt_jax.evaluation.results import write_result
-from ttt_jax.evaluation.sections import block_sections, nll_sections, recall_sections, speed_sections
+from ttt_jax.evaluation.sections import (
+    block_sections,
+    infill_sections,
+    nll_sections,
+    recall_sections,
+    speed_sections,
+)
 from ttt_jax.evaluation.speed import speed
+from ttt_jax.models.infill import InfillConfig
 from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.models.video_dit import VideoDiTConfig
 
+CONFIG_FILE = "config.json"
 PROMPT_SECONDS, CONTINUATION_SECONDS = 20.0, 20.0
 
 
@@ -126,7 +135,7 @@ def run(
     sections = [section for function in functions for section in function(job)]
     training = plots.training_figure(model / "metrics.jsonl")
     shown = [] if training is None else [Section("Training", figures={"training": training})]
-    title = f"{model.name}: {split} recordings" if isinstance(config, MoshiConfig) else model.name
+    title = model.name if isinstance(config, VideoDiTConfig) else f"{model.name}: {split} recordings"
     path = write_report(job.output, title, [*sections, *shown])
     print(as_text(sections))
     return path
@@ -173,18 +182,32 @@ def _video_speed(job: Job) -> list[Section]:
     return block_sections(result)
 
 
+def _infill(job: Job) -> list[Section]:
+    data = _training_config(job.model)["data"] if (job.model / CONFIG_FILE).is_file() else {}
+    names = {field.name for field in dataclasses.fields(Spans)}
+    spans = Spans(**{name: value for name, value in data.items() if name in names})
+    train = open_dataset(job.dataset, "train")
+    result = infill_nll(job.config, job.params, job.held_out, train, spans, split=job.split)
+    job.write("infill", result)
+    return infill_sections(result)
+
+
 BENCHMARKS: dict[str, dict[type, Callable[[Job], list[Section]]]] = {
     "nll_by_position": {MoshiConfig: _nll_by_position},
     "recall": {MoshiConfig: _recall},
+    "infill": {InfillConfig: _infill},
     "speed": {MoshiConfig: _speed, VideoDiTConfig: _video_speed},
 }
 
 
 def _training_data(model: pathlib.Path) -> pathlib.Path:
-    path = model / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--data: {model} has no config.json that names its dataset; pass --data=DIR.")
-    return pathlib.Path(json.loads(path.read_text(encoding="utf-8"))["data"]["directory"])
+    if not (model / CONFIG_FILE).is_file():
+        raise ValueError(f"--data: {model} has no {CONFIG_FILE} that names its dataset; pass --data=DIR.")
+    return pathlib.Path(_training_config(model)["data"]["directory"])
+
+
+def _training_config(model: pathlib.Path) -> dict[str, Any]:
+    return json.loads((model / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
 def _continuation(

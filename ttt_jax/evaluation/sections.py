@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ttt_jax.evaluation import plots
 from ttt_jax.evaluation.block_speed import BlockRun, BlockSpeed
+from ttt_jax.evaluation.infill import InfillNLL
 from ttt_jax.evaluation.nll_by_position import NLLByPosition
 from ttt_jax.evaluation.recall import Recall, Recalled
 from ttt_jax.evaluation.report import Section, Table
@@ -236,3 +237,32 @@ def _runs_table(result: BlockSpeed, measure: str, cell: Callable[[BlockRun], str
         for name, work in dict.fromkeys((run.name, run.work) for run in result.runs)
     ]
     return Table([f"{measure} by {result.unit}", *map(str, numbers)], rows)
+
+
+def infill_sections(result: InfillNLL) -> list[Section]:
+    """Sections of infill."""
+    rows = [
+        [where, str(model.num_tokens), _number(model, ".3f"), _number(unigram, ".3f")]
+        for where, model, unigram in (
+            ("all", result.model, result.unigram),
+            ("their segment has visible frames", result.seen, result.seen_unigram),
+            ("their segment is masked as a whole", result.unseen, result.unseen_unigram),
+        )
+    ]
+    table = Table(["masked tokens", "number", "model NLL", "unigram NLL"], rows)
+    codebooks = enumerate(zip(result.by_codebook, result.unigram_by_codebook, strict=True))
+    each = [[str(k), f"{model:.3f}", f"{unigram:.3f}"] for k, (model, unigram) in codebooks]
+    tables = [table, Table(["codebook", "model NLL", "unigram NLL"], each)]
+    return [Section("Masked spans", _infill_lines(result), tables=tables)]
+
+
+def _infill_lines(result: InfillNLL) -> list[str]:
+    spans, seconds = result.spans, result.segment / result.frame_rate_hz
+    return [
+        f"{result.num_recordings} {result.split} recordings, {result.num_frames} frames, in crops of "
+        f"{spans.num_frames}, {spans.masked_share:.0%} of them masked in spans of {spans.shortest_span} to "
+        f"{spans.longest_span} frames, the same ones for every model; attention sees segments of {seconds:g} s, "
+        f"{'without TTT' if result.ssm_layer is None else 'TTT the whole crop'}.",
+        f"Nats per masked token: {_number(result.model, '.4f')}, by training's unigram table "
+        f"{_number(result.unigram, '.4f')}.",
+    ]

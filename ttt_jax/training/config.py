@@ -390,7 +390,7 @@ class ExperimentConfig:
 
     Attributes:
         data: What an update reads: the objective's type in `SECTIONS`, such as `DataConfig`.
-        objective: What the model learns: "next_token", the next frame of a Moshi; "infill", the masked spans of a recording.
+        objective: What the model learns: "next_token", the next frame of a Moshi; "infill", a recording's masked spans.
         model: The objective's type, such as `MoshiConfig`; None: that with its defaults. Its `dtype` is set by
             `precision.activations`.
         seed: Of fresh parameters and of the order of the data.
@@ -427,7 +427,13 @@ class ExperimentConfig:
         _require(
             seed=(0 <= self.seed < 2**31, "a non-negative 31-bit integer", self.seed),
             **{"optimizer.accumulate": (rows % groups == 0, f"a divisor of data.batch_size = {rows}", groups)},
-            **{"optimizer.train": (is_possible, "something else than 'ttt' without TTT layers in the model", self.optimizer.train)},
+            **{
+                "optimizer.train": (
+                    is_possible,
+                    "something else than 'ttt' without model.ttt or model.ssm_layer",
+                    self.optimizer.train,
+                )
+            },
             **{"model.dtype": (self.model.dtype in (default, dtype), _DTYPE.format(dtype), self.model.dtype)},
         )
         object.__setattr__(self, "model", dataclasses.replace(self.model, dtype=dtype))
