@@ -1,17 +1,17 @@
 """Likelihood of what was in the masked frames."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 
-def first_masked(masked: jax.Array, number: int) -> jax.Array:
+def first_masked(masked: Any, number: int) -> jax.Array:
     """Places of the first `number` masked frames of each row, then of others: bool [B, T] to int32 [B, number]."""
     return jnp.argsort(~jnp.asarray(masked), axis=1, stable=True)[:, :number].astype(jnp.int32)
 
 
-def masked_nll(
-    logits: jax.Array, codes: jax.Array, masked: jax.Array, frames: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def masked_nll(logits: jax.Array, codes: Any, masked: Any, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Nats of the audio codes of some frames, 0 where a frame is not masked or has no token.
 
     Args:

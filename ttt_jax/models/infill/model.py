@@ -27,7 +27,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., dim]` to the same."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        options = {"dtype": dtype, "param_dtype": at_least_float32(dtype)}
+        options: Any = {"dtype": dtype, "param_dtype": at_least_float32(dtype)}
         hidden = nn.gelu(nn.Dense(c.hidden_size, name="layer1", **options)(x), approximate=True)
         return nn.Dense(c.dim, name="layer2", **options)(hidden)
 
