@@ -48,7 +48,7 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
     config: Any = quickstart.get_config()
     config.objective = "infill"
     config.data = {"directory": "data/quickstart", "masked_share": 0.4, **SIZES[name]["data"]}
-    config.model = {
+    fields: dict[str, Any] = {
         **SIZES[name]["model"],
         "hidden_scale": 4.0,
         "overlap": 0,
@@ -58,16 +58,18 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
         "rope_theta": 10000.0,
         "gating_alpha_init": 0.1,
     }
+    model: Any = ml_collections.ConfigDict(fields)
+    if size.endswith(WITHOUT):
+        model.hidden_scale += _ttt_share(model)
+        with model.ignore_type():
+            model.ssm_layer = None
+    config.model = model
     config.loss = {}
     config.optimizer.update(SIZES[name]["optimizer"])
     config.mesh.update(SIZES[name]["mesh"])
     config.checkpoint.update({"every_steps": 1000, "every_seconds": 600.0})
     config.log.update({"every_steps": 20, "diagnostics_every_steps": 0})
     config.validation.update({"every_steps": 400, "num_batches": 8})
-    if size.endswith(WITHOUT):
-        config.model.hidden_scale += _ttt_share(config.model)
-        with config.ignore_type():
-            config.model.ssm_layer = None
     return config
 
 
