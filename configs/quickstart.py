@@ -15,6 +15,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ml_collections.ConfigDict:
     """The quickstart; the model's streams and vocabularies come from the dataset. A placeholder is None until set."""
     config = ml_collections.ConfigDict()
+    config.objective = "next_token"
     config.seed = 0
     config.init_from = ""
     config.data = {

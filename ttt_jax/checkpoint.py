@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ttt_jax.config import from_mapping
 from ttt_jax.files import new_directory, new_path
 from ttt_jax.layers.ttt import TTTConfig
+from ttt_jax.models.infill import InfillConfig
 from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import MoshiConfig, lora
 from ttt_jax.models.video_dit import VideoDiTConfig
@@ -28,7 +29,10 @@ PARAMS = "params"
 CONVERTED = "state"
 LORA = "lora"
 CHECKPOINTS = "checkpoints"
-MODELS = {"moshi": MoshiConfig, "mimi": MimiConfig, "ttt_layer": TTTConfig, "video_dit": VideoDiTConfig}
+MODELS = {
+    **{"moshi": MoshiConfig, "mimi": MimiConfig, "ttt_layer": TTTConfig},
+    **{"video_dit": VideoDiTConfig, "infill": InfillConfig},
+}
 
 
 class ModelMetadata(NamedTuple):
@@ -59,7 +63,7 @@ def save_model(directory: str | pathlib.Path, config: Any, params: Any) -> None:
 
     Args:
         directory: Must not exist yet.
-        config: The model's config, a dataclass (`MoshiConfig`, `MimiConfig`, `VideoDiTConfig`, `TTTConfig`).
+        config: The model's config, a dataclass (`MoshiConfig`, `VideoDiTConfig`, `TTTConfig`, ...).
         params: Its parameter tree.
 
     Raises:
@@ -133,7 +137,7 @@ def load(directory: str | pathlib.Path, shardings: Callable[[Any], Any] | None =
             to read them in: each device reads its part alone.
 
     Returns:
-        The config (`MoshiConfig`, `MimiConfig`, `VideoDiTConfig` or a layer's `TTTConfig`) and the parameter tree in
+        The config (one of the types in `MODELS`) and the parameter tree in
         the saved dtypes.
 
     Raises:

@@ -15,6 +15,8 @@ def from_mapping[T](cls: type[T], mapping: Mapping[str, Any], path: str = "confi
     """Builds dataclass `cls` from `mapping`, nested dataclasses included.
 
     Missing keys take the dataclass' defaults. Ints are accepted for floats, lists for tuples, mappings for dataclasses.
+    Where one field's value decides of which type others are, the class method `field_types(mapping)` of `cls` gives
+    those types by field name.
 
     Args:
         cls: A dataclass whose annotations are made of bool, int, float, str, None, Literal, tuple, unions
@@ -29,7 +31,7 @@ def from_mapping[T](cls: type[T], mapping: Mapping[str, Any], path: str = "confi
     """
     if not isinstance(mapping, Mapping):
         raise TypeError(f"{path}: expected a mapping of {cls.__name__}'s fields, got {mapping!r}.")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls) | getattr(cls, "field_types", lambda mapping: {})(mapping)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # pyright: ignore[reportArgumentType]
     for key in mapping:
         if key not in fields:

@@ -11,12 +11,20 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
-from configs import conversations, moshi_7b_ttt
+from configs import audio_infill, conversations, moshi_7b_ttt
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import Moshi, MoshiConfig
-from ttt_jax.training.config import GROUPS, ExperimentConfig, claim_workdir, with_vocabulary
+from ttt_jax.training.config import (
+    GROUPS,
+    ExperimentConfig,
+    claim_workdir,
+    infill_with_vocabulary,
+    with_vocabulary,
+)
 from ttt_jax.training.experiment import run
+from ttt_jax.training.initial import initial_parameters
+from ttt_jax.training.objective import objective_type
 from ttt_jax.training.parameters import group_of, is_trained
 
 INFO = TokenInfo("codec2", 12.5, 8000, num_codebooks=8, card=512, text_card=300)
@@ -57,6 +65,7 @@ def make(**sections) -> ExperimentConfig:
         ({"precision": {"frozen": "int8"}}, r"config\.precision\.frozen: .*'bfloat16'.*'int8'"),
         ({"precision": {"parameters": "bfloat16"}}, r"config\.precision\.parameters: .*'float32'.*'bfloat16'"),
         ({"lora": {"rank": 0}}, r"config\.lora: rank: expected at least 1, got 0"),
+        ({"objective": "next_tokn"}, r"config\.objective: expected one of \['next_token'.*, got 'next_tokn'"),
         ({"seed": -1}, r"config: seed: expected a non-negative"),
     ],
 )
@@ -105,6 +114,58 @@ def test_a_workdir_with_a_checkpoint_belongs_to_one_experiment(tmp_path):
     claim_workdir(tmp_path, dataclasses.replace(config))
 
 
+def test_infill_has_sections_of_its_own(dataset):
+    data = {"directory": str(dataset), "num_frames": 32, "longest_span": 16, "shortest_span": 4}
+    mapping = {"objective": "infill", "data": data, "model": {"dim": 16, "num_heads": 2}}
+    config = objective_type(from_mapping(ExperimentConfig, mapping)).with_dataset(
+        from_mapping(ExperimentConfig, mapping), mapping["model"]
+    )
+    assert (config.model.dim, config.model.num_codebooks, config.model.card, config.model.text_card) == (16, 16, 20, 20)
+    for section, changed, message in (
+        (
+            "data",
+            {"longest_span": 64},
+            r"longest_span: expected 1 <= shortest_span = 4 <= longest_span <= num_frames, got",
+        ),
+        ("data", {"masked_share": 1.0}, r"masked_share: expected a share in \(0, 1\), got 1\.0"),
+        ("data", {"mode": "follow"}, r"config\.data\.mode"),
+        ("model", {"ssm_layer": None}, r"optimizer\.train: expected something else than 'ttt' without model\.ttt or"),
+    ):
+        wrong = mapping | {section: mapping[section] | changed, "optimizer": {"train": "ttt"}}
+        with pytest.raises((ValueError, TypeError), match=message):
+            from_mapping(ExperimentConfig, wrong)
+    with pytest.raises(ValueError, match=r"config\.model\.card: the dataset has 20, the config says 2048"):
+        objective_type(config).with_dataset(config, {"card": 2048})
+
+
+def test_the_two_infill_configs_have_equal_numbers_of_parameters_and_the_groups_that_train_py_knows():
+    def parameters(size):
+        config = from_mapping(ExperimentConfig, audio_infill.get_config(size).to_dict())
+        return flatten_dict(jax.eval_shape(lambda: initial_parameters(config)[0]), sep="/")
+
+    for size in ("small", "medium"):
+        own, plain = parameters(size), parameters(size + "-without-ttt")
+        numbers = [sum(leaf.size for leaf in leaves.values()) for leaves in (own, plain)]
+        assert abs(numbers[0] / numbers[1] - 1) < 1e-3
+        assert {group_of(path) for path in plain} == {"base"}
+        groups = {path.split("/")[2] if "two_way" in path else "": group_of(path) for path in own}
+        assert groups["ttt"] == "ttt"
+        assert groups["gate_forward_audio"] == groups["gate_backward_audio"] == "gates"
+        assert groups["self_attn"] == "base"
+    with pytest.raises(ValueError, match=r"audio_infill\.py:large: expected one of"):
+        audio_infill.get_config("large")
+
+
+def test_a_workdir_from_before_there_were_objectives_is_gone_on_with(tmp_path):
+    claim_workdir(tmp_path, make())
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored.pop("objective") == "next_token"
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    claim_workdir(tmp_path, make())
+    assert json.loads((tmp_path / "config.json").read_text())["objective"] == "next_token"
+
+
 def test_a_missing_dataset_names_the_command_and_writes_nothing(tmp_path):
     workdir = tmp_path / "run"
     with pytest.raises(FileNotFoundError, match=r"python -m ttt_jax\.data\.prepare"):
@@ -122,7 +183,8 @@ def test_every_shipped_config_is_valid(path):
     spec.loader.exec_module(module)
     mapping = module.get_config().to_dict()
     config = from_mapping(ExperimentConfig, mapping)
-    assert with_vocabulary(mapping["model"], INFO).dim == config.model.dim
+    complete = infill_with_vocabulary if config.objective == "infill" else with_vocabulary
+    assert complete(mapping["model"], INFO).dim == config.model.dim
     assert "--config=configs/" + path.name in module.__doc__
 
 
@@ -168,7 +230,10 @@ def test_an_unknown_size_or_variant_is_named():
         conversations.get_config("tiny")
 
 
-FROM_THE_DATASET = {"n_q", "dep_q", "card", "text_card", "existing_text_padding_id", "existing_text_end_padding_id"}
+FROM_THE_DATASET = {
+    *("n_q", "dep_q", "card", "text_card", "existing_text_padding_id", "existing_text_end_padding_id"),
+    "num_codebooks",
+}
 VARIANTS = {"depformer_low_rank_embeddings", "extra_heads_num_heads", "extra_heads_dim", "conditioners", "model_type"}
 NOT_FLAGS = FROM_THE_DATASET | VARIANTS | {"dtype"}  # which precision.activations sets
 
@@ -203,7 +268,7 @@ OF_A_GROUP = {"schedule": "linear", "warmup_steps": 9, "final_learning_rate_frac
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_field_is_a_flag(path, monkeypatch):
     fields = on_the_command_line(monkeypatch, path, {})
-    settings = {name: value for name, value in fields.items() if value is not None} | {
+    changed = {
         **{
             "optimizer.clip_norm": 0.25,
             "precision.activations": "bfloat16",
@@ -215,7 +280,10 @@ def test_every_field_is_a_flag(path, monkeypatch):
         **{"model.ttt.base_lr": 0.5, "model.ttt.num_heads": 8, "model.ttt.context": 60, "model.ttt.sinks": 2},
         **{"model.depformer_dim_feedforward": 64, "model.delays": (0,) * 9 + (1,) * 8},
         "model.depformer_weights_per_step_schedule": (0, 1, 2, 3, 3, 3, 3, 3),
+        **{"data.masked_share": 0.2, "model.mini_batch_size": 8, "model.ttt_base_lr": 0.5},
         **{f"optimizer.groups.{group}.{name}": value for group in GROUPS for name, value in OF_A_GROUP.items()},
     }
+    settings = {name: value for name, value in fields.items() if value is not None}
+    settings |= {name: value for name, value in changed.items() if name in fields}  # objectives have their own
     assert settings.keys() == fields.keys()
     assert on_the_command_line(monkeypatch, path, settings) == settings

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ttt_jax.evaluation import recall
+from ttt_jax.evaluation.block_speed import LOCAL, BlockSpeed
 from ttt_jax.evaluation.nll_by_position import Curve, NLLByPosition
 from ttt_jax.evaluation.speed import FULL, WINDOW, Speed, Throughput
 
@@ -20,7 +21,10 @@ LABELS = {
     "baseline": "baseline",
 }
 COLORS = {"carried": "tab:blue", "reset": "tab:orange", "off": "tab:gray", "baseline": "tab:green"}
-THROUGHPUT_COLORS = {"TTT-Linear": "tab:blue", "TTT-MLP": "tab:purple", WINDOW: "tab:orange", FULL: "tab:gray"}
+THROUGHPUT_COLORS = {
+    **{"TTT-Linear": "tab:blue", "TTT-MLP": "tab:purple"},
+    **{WINDOW: "tab:orange", LOCAL: "tab:orange", FULL: "tab:gray"},
+}
 matplotlib.use("Agg")
 
 
@@ -203,6 +207,37 @@ def _draw_throughput(axes: Axes, measured: list[Throughput]) -> None:
     axes.set_ylabel("tokens/s")
 
 
+def block_figure(result: BlockSpeed) -> Figure:
+    """Time and memory of one block by the number of scenes, dashed with gradients, dotted lines at the crossovers."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    drawn = {
+        "time": ("ms", lambda run: run.ms),
+        "memory": ("memory of the program [MiB]", lambda run: run.memory_bytes / 2**20),
+    }
+    numbers = sorted({run.scenes for run in result.runs})
+    for axes, (measure, (label, value)) in zip(figure.subplots(1, 2), drawn.items(), strict=True):
+        for name, work in dict.fromkeys((run.name, run.work) for run in result.runs):
+            runs = [run for run in result.runs if (run.name, run.work) == (name, work)]
+            style, color = "-" if work == "forward" else "--", THROUGHPUT_COLORS[name.split(" and ")[0]]
+            legend = name if work == "forward" else None  # one entry for both
+            points = ([run.scenes for run in runs], [value(run) for run in runs])
+            axes.plot(*points, style, marker="o", markersize=3, color=color, label=legend)
+        for crossover in result.crossovers:
+            if crossover.measure == measure and crossover.scenes is not None:
+                axes.axvline(crossover.scenes, color="black", linestyle=":", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(numbers, [str(number) for number in numbers])
+        axes.xaxis.minorticks_off()
+        axes.set_xlabel(f"{result.unit} of {result.tokens_per_scene} tokens")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_title(f"one block on {result.device}", fontsize="medium")
+    figure.axes[1].set_title("forward (solid), with gradients (dashed)", fontsize="medium")
+    figure.axes[0].legend(fontsize="small")
+    return figure
+
+
 def training_figure(metrics: pathlib.Path) -> Figure | None:
     """Losses and TTT diagnostics over the updates in a metrics.jsonl; None without it."""
     if not metrics.is_file():
@@ -213,6 +248,8 @@ def training_figure(metrics: pathlib.Path) -> Figure | None:
     for kind, style in (("train", "-"), ("validation", "o--")):
         of_kind = [line for line in lines if kind in line]
         for name, color in (("text", "tab:green"), ("audio", "tab:blue")):
+            if not of_kind or name not in of_kind[0][kind]:
+                continue
             values = [np.mean(line[kind][name]) for line in of_kind]
             left.plot([line["step"] for line in of_kind], values, style, color=color, label=f"{kind} {name}", ms=3)
     left.set_ylabel("NLL [nats per token]")

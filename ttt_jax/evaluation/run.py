@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,36 @@ from ttt_jax.data.codecs import codec_of
 from ttt_jax.data.reader import TokenDataset, open_dataset, splits
 from ttt_jax.data.tokens import TOKENIZER_FILE
 from ttt_jax.evaluation import plots
+from ttt_jax.evaluation.block_speed import video_speed
 from ttt_jax.evaluation.continuation import continue_recording, spoken_text, write_wav
+from ttt_jax.evaluation.infill import Spans, infill_nll
 from ttt_jax.evaluation.nll_by_position import nll_by_position
 from ttt_jax.evaluation.recall import recall
 from ttt_jax.evaluation.report import Section, as_text, write_report
 from ttt_jax.evaluation.results import write_result
-from ttt_jax.evaluation.sections import nll_sections, recall_sections, speed_sections
+from ttt_jax.evaluation.sections import (
+    block_sections,
+    infill_sections,
+    nll_sections,
+    recall_sections,
+    speed_sections,
+)
 from ttt_jax.evaluation.speed import speed
+from ttt_jax.models.infill import InfillConfig
 from ttt_jax.models.moshi import MoshiConfig
+from ttt_jax.models.video_dit import VideoDiTConfig
 
+CONFIG_FILE = "config.json"
 PROMPT_SECONDS, CONTINUATION_SECONDS = 20.0, 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneSizes:
+    """What a Video-DiT's block is measured on; see `video_speed`."""
+
+    max_scenes: int = 32
+    patches: tuple[int, int] = (8, 8)
+    text_tokens: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +60,11 @@ class Job:
       baseline: directory of a model to compare with, or None.
       max_frames: of speed's stream.
       max_recordings: of the split that are scored; None scores all.
+      scenes: of a video, that speed measures a block on.
     """
 
     model: pathlib.Path
-    config: MoshiConfig
+    config: Any
     params: Any
     data: pathlib.Path | None
     split: str
@@ -50,6 +72,7 @@ class Job:
     baseline: pathlib.Path | None
     max_frames: int
     max_recordings: int | None
+    scenes: SceneSizes
 
     @functools.cached_property
     def dataset(self) -> pathlib.Path:
@@ -79,6 +102,7 @@ def run(
     baseline: pathlib.Path | None = None,
     max_frames: int = 100_000,
     max_recordings: int | None = None,
+    scenes: SceneSizes = SceneSizes(),
 ) -> pathlib.Path:
     """Run benchmarks on a model and write `<benchmark>.json`, plots, a wav and `report.html`.
 
@@ -91,13 +115,14 @@ def run(
       baseline: another model on the same dataset, for recall to compare with.
       max_frames: of the stream that speed measures, and the most tokens of its sequences.
       max_recordings: the first ones of the split are scored; None scores all.
+      scenes: what the speed of a Video-DiT is measured on.
 
     Returns:
       The report's path.
 
     Raises:
-      ValueError: an unknown benchmark, no dataset named, or one that does not fit the model. FileNotFoundError: no
-        model or no dataset there.
+      ValueError: an unknown benchmark, one that such a model does not have, no dataset named, or one that does not fit
+        the model. FileNotFoundError: no model or no dataset there.
     """
     unknown = [name for name in benchmarks if name not in BENCHMARKS]
     if unknown or not benchmarks:
@@ -105,13 +130,27 @@ def run(
             f"--benchmark: expected names out of {', '.join(BENCHMARKS)}, got {', '.join(unknown) or 'none'}."
         )
     config, params = load(model)
-    job = Job(model, config, params, data, split, output or model, baseline, max_frames, max_recordings)
-    sections = [section for name in benchmarks for section in BENCHMARKS[name](job)]
+    functions = [_function(name, model, config) for name in benchmarks]
+    job = Job(model, config, params, data, split, output or model, baseline, max_frames, max_recordings, scenes)
+    sections = [section for function in functions for section in function(job)]
     training = plots.training_figure(model / "metrics.jsonl")
     shown = [] if training is None else [Section("Training", figures={"training": training})]
-    path = write_report(job.output, f"{model.name}: {split} recordings", [*sections, *shown])
+    title = model.name if isinstance(config, VideoDiTConfig) else f"{model.name}: {split} recordings"
+    path = write_report(job.output, title, [*sections, *shown])
     print(as_text(sections))
     return path
+
+
+def _function(name: str, model: pathlib.Path, config: Any) -> Callable[[Job], list[Section]]:
+    """A benchmark for the kind of model there is."""
+    if type(config) not in BENCHMARKS[name]:
+        kind = type(config)
+        others = [other for other, kinds in BENCHMARKS.items() if kind in kinds]
+        raise ValueError(
+            f"--benchmark: {model} holds a {kind.__name__.removesuffix('Config')}, which has "
+            f"{', '.join(others) or 'no benchmarks'}, got {name}."
+        )
+    return BENCHMARKS[name][type(config)]
 
 
 def _nll_by_position(job: Job) -> list[Section]:
@@ -137,14 +176,38 @@ def _speed(job: Job) -> list[Section]:
     return speed_sections(result)
 
 
-BENCHMARKS = {"nll_by_position": _nll_by_position, "recall": _recall, "speed": _speed}
+def _video_speed(job: Job) -> list[Section]:
+    result = video_speed(job.config, **dataclasses.asdict(job.scenes))
+    job.write("speed", result)
+    return block_sections(result)
+
+
+def _infill(job: Job) -> list[Section]:
+    data = _training_config(job.model)["data"] if (job.model / CONFIG_FILE).is_file() else {}
+    names = {field.name for field in dataclasses.fields(Spans)}
+    spans = Spans(**{name: value for name, value in data.items() if name in names})
+    train = open_dataset(job.dataset, "train")
+    result = infill_nll(job.config, job.params, job.held_out, train, spans, split=job.split)
+    job.write("infill", result)
+    return infill_sections(result)
+
+
+BENCHMARKS: dict[str, dict[type, Callable[[Job], list[Section]]]] = {
+    "nll_by_position": {MoshiConfig: _nll_by_position},
+    "recall": {MoshiConfig: _recall},
+    "infill": {InfillConfig: _infill},
+    "speed": {MoshiConfig: _speed, VideoDiTConfig: _video_speed},
+}
 
 
 def _training_data(model: pathlib.Path) -> pathlib.Path:
-    path = model / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--data: {model} has no config.json that names its dataset; pass --data=DIR.")
-    return pathlib.Path(json.loads(path.read_text(encoding="utf-8"))["data"]["directory"])
+    if not (model / CONFIG_FILE).is_file():
+        raise ValueError(f"--data: {model} has no {CONFIG_FILE} that names its dataset; pass --data=DIR.")
+    return pathlib.Path(_training_config(model)["data"]["directory"])
+
+
+def _training_config(model: pathlib.Path) -> dict[str, Any]:
+    return json.loads((model / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
 def _continuation(

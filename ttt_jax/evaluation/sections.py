@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from ttt_jax.evaluation import plots
+from ttt_jax.evaluation.block_speed import BlockRun, BlockSpeed
+from ttt_jax.evaluation.infill import InfillNLL
 from ttt_jax.evaluation.nll_by_position import NLLByPosition
 from ttt_jax.evaluation.recall import Recall, Recalled
 from ttt_jax.evaluation.report import Section, Table
@@ -202,3 +205,64 @@ def _throughput_table(result: Speed) -> Table:
         rates = {m.length: m.tokens_per_s for k, m in measured if (k, m.name, m.work) == (kind, name, work)}
         rows.append([f"{kind}: {name}, {work}", *(f"{rates[n]:,.0f}" if n in rates else "" for n in lengths)])
     return Table(["tokens/s at a length of", *map(str, lengths)], rows)
+
+
+def block_sections(result: BlockSpeed) -> list[Section]:
+    """Sections of a block's speed."""
+    tables = [_runs_table(result, "time", _milliseconds), _runs_table(result, "memory", lambda r: _mib(r.memory_bytes))]
+    figures = {"block_speed": plots.block_figure(result)}
+    return [Section(f"Speed and memory by {result.unit}", _block_lines(result), figures, tables)]
+
+
+def _block_lines(result: BlockSpeed) -> list[str]:
+    lines = [
+        f"On {result.device}, {result.num_cores} cores, {result.dtype}: one block of width {result.width} with "
+        f"{result.num_heads} heads, {result.unit} of {result.tokens_per_scene} tokens ({result.text_tokens} of them "
+        f"text), mini-batches of {result.mini_batch_size}; full attention sees all {result.unit} at once."
+    ]
+    for c in result.crossovers:
+        lines.append(f"{c.name}, {c.work}, {c.measure} against full attention: {c.found}.")
+    return lines
+
+
+def _milliseconds(run: BlockRun) -> str:
+    return "not run" if math.isnan(run.ms) else f"{run.ms:.1f} ms"
+
+
+def _runs_table(result: BlockSpeed, measure: str, cell: Callable[[BlockRun], str]) -> Table:
+    runs = {(run.name, run.work, run.scenes): cell(run) for run in result.runs}
+    numbers = sorted({run.scenes for run in result.runs})
+    rows = [
+        [f"{name}, {work}", *(runs[name, work, number] for number in numbers)]
+        for name, work in dict.fromkeys((run.name, run.work) for run in result.runs)
+    ]
+    return Table([f"{measure} by {result.unit}", *map(str, numbers)], rows)
+
+
+def infill_sections(result: InfillNLL) -> list[Section]:
+    """Sections of infill."""
+    rows = [
+        [where, str(model.num_tokens), _number(model, ".3f"), _number(unigram, ".3f")]
+        for where, model, unigram in (
+            ("all", result.model, result.unigram),
+            ("their segment has visible frames", result.seen, result.seen_unigram),
+            ("their segment is masked as a whole", result.unseen, result.unseen_unigram),
+        )
+    ]
+    table = Table(["masked tokens", "number", "model NLL", "unigram NLL"], rows)
+    codebooks = enumerate(zip(result.by_codebook, result.unigram_by_codebook, strict=True))
+    each = [[str(k), f"{model:.3f}", f"{unigram:.3f}"] for k, (model, unigram) in codebooks]
+    tables = [table, Table(["codebook", "model NLL", "unigram NLL"], each)]
+    return [Section("Masked spans", _infill_lines(result), tables=tables)]
+
+
+def _infill_lines(result: InfillNLL) -> list[str]:
+    spans, seconds = result.spans, result.segment / result.frame_rate_hz
+    return [
+        f"{result.num_recordings} {result.split} recordings, {result.num_frames} frames, in crops of "
+        f"{spans.num_frames}, {spans.masked_share:.0%} of them masked in spans of {spans.shortest_span} to "
+        f"{spans.longest_span} frames, the same ones for every model; attention sees segments of {seconds:g} s, "
+        f"{'without TTT' if result.ssm_layer is None else 'TTT the whole crop'}.",
+        f"Nats per masked token: {_number(result.model, '.4f')}, by training's unigram table "
+        f"{_number(result.unigram, '.4f')}.",
+    ]

@@ -342,24 +342,36 @@ def crossovers(measured: Sequence[Throughput]) -> list[Crossover]:
             for m in measured
             if (m.name, m.work) == (name, work) and (work, m.length) in full
         ]
-        found.append(Crossover(name, work, *_crossing(sorted(pairs))))
+        found.append(Crossover(name, work, *crossing(sorted(pairs))))
     return found
 
 
-def _crossing(pairs: list[tuple[int, float]]) -> tuple[float | None, str]:
-    """The last change of (length, log of the ratio of times) from above zero to below, on logarithmic axes."""
+def crossing(
+    pairs: Sequence[tuple[int, float]], better: str = "faster", unit: str = "tokens", decimals: int = 0
+) -> tuple[float | None, str]:
+    """From which length on something is better than what it is compared with, on logarithmic axes.
+
+    Args:
+      pairs: (length, log of the ratio of the two costs), by length.
+      better: what a ratio below 1 is called.
+      unit: of the lengths.
+      decimals: of the length in words.
+
+    Returns:
+      The length at the last change from above zero to below, None where there is none; and the same in words.
+    """
     if not pairs:
         return None, "not measured"
-    lengths = f"{pairs[0][0]} to {pairs[-1][0]} tokens"
+    lengths = f"{pairs[0][0]} to {pairs[-1][0]} {unit}"
     if all(ratio < 0 for _, ratio in pairs):
-        return None, f"faster at all lengths from {lengths}"
+        return None, f"{better} at all lengths from {lengths}"
     if pairs[-1][1] >= 0:
-        return None, f"not faster within {lengths}"
+        return None, f"not {better} within {lengths}"
     (short, above), (long, below) = next(
         (one, two) for one, two in zip(pairs[-2::-1], pairs[:0:-1], strict=True) if one[1] >= 0 > two[1]
     )
     length = short * (long / short) ** (above / (above - below))
-    return length, f"faster from {length:.0f} tokens on"
+    return length, f"{better} from {length:.{decimals}f} {unit} on"
 
 
 def _window(config: MoshiConfig) -> int:

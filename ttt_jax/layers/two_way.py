@@ -68,6 +68,18 @@ class NormedAttention(nn.Module):
         return {key: out_proj(x.reshape(*x.shape[:-2], width)) for key, x in attend(q, k, heads("v")).items()}
 
 
+def attend_segments(
+    *, segment: int, overlap: int, rope: RotaryEmbedding, length: jax.Array | None
+) -> Callable[[Parts, Parts, Parts], Parts]:
+    """What `NormedAttention` takes to see segments of one-dimensional parts; arguments as `segment_attention`'s."""
+
+    def attend(q: Parts, k: Parts, v: Parts) -> Parts:
+        options = {"segment": segment, "overlap": overlap, "rope": rope, "length": length}
+        return {name: segment_attention(q[name], k[name], v[name], causal=False, **options)[0] for name in q}
+
+    return attend
+
+
 class TTTBidirectional(nn.Module):
     """Attention inside segments, then TTT over the whole sequence forwards and backwards, with shared weights.
 
@@ -108,11 +120,8 @@ class TTTBidirectional(nn.Module):
             x = jnp.where(_is_real(x, length), x, jnp.zeros((), x.dtype))
         x = x.astype(self.dtype)
 
-        def attend(q: Parts, k: Parts, v: Parts) -> Parts:
-            options = {"segment": self.segment, "overlap": self.overlap, "rope": RotaryEmbedding(c.rope_theta)}
-            heads = (part["audio"] for part in (q, k, v))
-            return {"audio": segment_attention(*heads, causal=False, length=length, **options)[0]}
-
+        rope = RotaryEmbedding(c.rope_theta)
+        attend = attend_segments(segment=self.segment, overlap=self.overlap, rope=rope, length=length)
         ttt = TTTLayer(c, dtype=self.dtype, name="ttt")
         attention = NormedAttention(c.num_heads, self.dtype, name="self_attn")
         y = gated_passes(

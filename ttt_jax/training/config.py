@@ -4,15 +4,17 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ttt_jax.checkpoint import has_checkpoint
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.files import write_atomically
+from ttt_jax.models.infill import InfillConfig
 from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.training import distributed
 
+ObjectiveName = Literal["next_token", "infill"]
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES = ("cosine", "linear", "constant")
 TrainMode = Literal["all", "qkvo", "ttt", "lora"]
@@ -20,6 +22,8 @@ TRAIN_MODES = ("all", "qkvo", "ttt", "lora")
 GROUPS = ("base", "ttt", "gates")
 
 _DTYPE = "{}, as precision.activations sets it (leave model.dtype out)"
+
+_ONLY_MOSHI = "another value: there is such only for objective='next_token'"
 
 RESUMABLE = ("checkpoint", "log", "validation", "mesh")
 """Sections that may differ when a run is resumed: they do not change the parameters, `mesh` but for rounding."""
@@ -330,48 +334,137 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InfillDataConfig:
+    """What an update reads of the dataset in `directory`: random crops with masked spans.
+
+    Attributes:
+        directory: Of the token dataset.
+        num_frames: Frames of a crop.
+        batch_size: Crops.
+        masked_share: Of the crop's frames that are masked.
+        shortest_span: Frames of a masked span, at least.
+        longest_span: Frames of a masked span, at most.
+    """
+
+    directory: str
+    num_frames: int = 512
+    batch_size: int = 4
+    masked_share: float = 0.3
+    shortest_span: int = 16
+    longest_span: int = 96
+
+    def __post_init__(self):
+        shortest, longest = self.shortest_span, self.longest_span
+        in_order = 1 <= shortest <= longest <= self.num_frames
+        _require(
+            num_frames=(self.num_frames >= 2, "at least 2 frames", self.num_frames),
+            batch_size=(self.batch_size >= 1, "at least 1", self.batch_size),
+            masked_share=(0 < self.masked_share < 1, "a share in (0, 1)", self.masked_share),
+            longest_span=(in_order, f"1 <= shortest_span = {shortest} <= longest_span <= num_frames", longest),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InfillLossConfig:
+    """Nothing to choose: every code of a masked frame counts alike."""
+
+
+class Sections(NamedTuple):
+    """The types of the sections that every objective has its own of."""
+
+    model: type  # has `dtype`
+    data: type  # has `directory` and `batch_size`
+    loss: type
+
+
+SECTIONS: dict[str, Sections] = {
+    "next_token": Sections(MoshiConfig, DataConfig, LossConfig),
+    "infill": Sections(InfillConfig, InfillDataConfig, InfillLossConfig),
+}
+"""By objective."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """A whole training run; with the dataset and `init_from` it determines the trained parameters.
 
     Attributes:
-        data: What an update reads.
-        model: Its `dtype` is set by `precision.activations`.
+        data: What an update reads: the objective's type in `SECTIONS`, such as `DataConfig`.
+        objective: What the model learns: "next_token", the next frame of a Moshi; "infill", a recording's masked spans.
+        model: The objective's type, such as `MoshiConfig`; None: that with its defaults. Its `dtype` is set by
+            `precision.activations`.
         seed: Of fresh parameters and of the order of the data.
         init_from: Directory of the model to start from, as `ttt_jax.load` takes it; "" starts from fresh parameters.
             TTT layers and gates that it does not have are inserted fresh, without effect on its logits.
         optimizer: What changes, and how.
         lora: Low-rank factors, when `optimizer.train` asks for them.
         precision: Dtypes.
-        loss: Weights inside it.
+        loss: What it is made of: the objective's type, such as `LossConfig`; None: that with its defaults.
         checkpoint: When to save.
         log: What goes to metrics.jsonl.
         validation: How often, and on how much.
     """
 
-    data: DataConfig
-    model: MoshiConfig = dataclasses.field(default_factory=MoshiConfig)
+    data: Any
+    objective: ObjectiveName = "next_token"
+    model: Any = None
     seed: int = 0
     init_from: str = ""
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAConfig = LoRAConfig()
     precision: Precision = Precision()
-    loss: LossConfig = LossConfig()
+    loss: Any = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     validation: ValidationConfig = ValidationConfig()
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
+        self._check_sections()
         groups, rows = self.optimizer.accumulate, self.data.batch_size
-        dtype, has_ttt = self.precision.activations, self.model.ttt is not None and len(self.model.ttt.layers) > 0
-        is_possible = has_ttt or self.optimizer.train != "ttt"
+        dtype, default = self.precision.activations, type(self.model).dtype
+        is_possible = _has_ttt(self.model) or self.optimizer.train != "ttt"
         _require(
             seed=(0 <= self.seed < 2**31, "a non-negative 31-bit integer", self.seed),
             **{"optimizer.accumulate": (rows % groups == 0, f"a divisor of data.batch_size = {rows}", groups)},
-            **{"optimizer.train": (is_possible, "something else than 'ttt' without model.ttt", self.optimizer.train)},
-            **{"model.dtype": (self.model.dtype in (MoshiConfig.dtype, dtype), _DTYPE.format(dtype), self.model.dtype)},
+            **{
+                "optimizer.train": (
+                    is_possible,
+                    "something else than 'ttt' without model.ttt or model.ssm_layer",
+                    self.optimizer.train,
+                )
+            },
+            **{"model.dtype": (self.model.dtype in (default, dtype), _DTYPE.format(dtype), self.model.dtype)},
         )
         object.__setattr__(self, "model", dataclasses.replace(self.model, dtype=dtype))
+
+    @classmethod
+    def field_types(cls, mapping: Mapping[str, Any]) -> dict[str, Any]:
+        """The types of the objective's own sections, as `from_mapping` asks for them."""
+        sections = SECTIONS.get(mapping.get("objective", cls.objective), SECTIONS[cls.objective])
+        optional = {name: kind | None for name, kind in sections._asdict().items() if name != "data"}
+        return {"data": sections.data} | optional
+
+    def _check_sections(self) -> None:
+        _require(objective=(self.objective in SECTIONS, f"one of {tuple(SECTIONS)}", self.objective))
+        for name, kind in SECTIONS[self.objective]._asdict().items():
+            if getattr(self, name) is None and name != "data":
+                object.__setattr__(self, name, kind())
+            section = getattr(self, name)
+            expected = f"a {kind.__name__}, as objective={self.objective!r} has it"
+            _require(**{name: (isinstance(section, kind), expected, section)})
+        is_moshi = isinstance(self.model, MoshiConfig)
+        _require(
+            **{"optimizer.train": (is_moshi or self.optimizer.train != "lora", _ONLY_MOSHI, self.optimizer.train)},
+            **{"log.audio_every_steps": (is_moshi or not self.log.audio_every_steps, _ONLY_MOSHI, "more than 0")},
+        )
+
+
+def _has_ttt(model: Any) -> bool:
+    """Whether there are TTT layers; some models may have none."""
+    if isinstance(model, InfillConfig):
+        return model.ssm_layer is not None
+    return not isinstance(model, MoshiConfig) or (model.ttt is not None and len(model.ttt.layers) > 0)
 
 
 def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:
@@ -392,13 +485,27 @@ def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:
         "existing_text_padding_id": info.text_padding_id,
         "existing_text_end_padding_id": info.end_of_padding_id,
     }
+    return _with_dataset(MoshiConfig, model, vocabulary)
+
+
+def infill_with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> InfillConfig:
+    """The same for the model that fills spans, which hears both speakers.
+
+    Raises:
+        ValueError: The section names a value that contradicts the dataset.
+    """
+    vocabulary = {"num_codebooks": 2 * info.num_codebooks, "card": info.card, "text_card": info.text_card}
+    return _with_dataset(InfillConfig, model, vocabulary)
+
+
+def _with_dataset[T](kind: type[T], model: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> T:
     for name, value in vocabulary.items():
         if name in model and model[name] != value:
             raise ValueError(
                 f"config.model.{name}: the dataset has {value}, the config says {model[name]!r}. "
                 "Leave it out of the config: it is read from the dataset."
             )
-    return from_mapping(MoshiConfig, {**model, **vocabulary}, "config.model")
+    return from_mapping(kind, {**model, **vocabulary}, "config.model")
 
 
 def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
@@ -413,7 +520,7 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     path = workdir / "config.json"
     new = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists() and has_checkpoint(workdir):
-        old = json.loads(path.read_text())
+        old = _defaults() | json.loads(path.read_text())
         differing = [d for d in _differences(old, new) if not d.startswith(RESUMABLE)]
         if differing:
             lines = "\n  ".join(differing)
@@ -424,6 +531,11 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     if distributed.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(new, indent=2) + "\n")
+
+
+def _defaults() -> dict[str, Any]:
+    """What a config.json without these fields, written before there were such, means."""
+    return {"objective": ExperimentConfig.objective}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -4,33 +4,29 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from ttt_jax.checkpoint import load, load_shapes
 from ttt_jax.convert.checks import check_tensors
-from ttt_jax.models import moshi
+from ttt_jax.models.moshi import lora
 from ttt_jax.training import distributed, sharding
 from ttt_jax.training.config import ExperimentConfig
+from ttt_jax.training.objective import objective_of
 from ttt_jax.training.parameters import group_of, is_trained
-
-NOT_IN_THE_SHAPES = ("num_heads", "depformer_num_heads", "max_period", "delays", "depth_schedule")
-"""What a model's parameters mean, but their shapes do not tell."""
 
 
 def initial_parameters(config: ExperimentConfig, given: Any = None) -> tuple[Any, Any]:
-    """Moshi's parameters before the first update, and the low-rank factors (None unless the run trains such).
+    """The model's parameters before the first update, and the low-rank factors (None unless the run trains such).
 
     They follow from `config.seed` and `given`, what `read_init_from` returned; what is not in there is fresh.
     """
     key = jax.random.key(config.seed)
-    codes = jnp.zeros((1, config.model.num_streams, 2), jnp.int32)
-    fresh = moshi.Moshi(config.model).init(key, codes)["params"]
+    fresh = objective_of(config).init_parameters(key)
     params = _in_their_dtypes(config, unflatten_dict(flatten_dict(fresh) | flatten_dict(given or {})))
     if config.optimizer.train != "lora":
         return params, None
-    return params, moshi.lora.init_factors(jax.random.fold_in(key, 1), params, config.lora.rank)
+    return params, lora.init_factors(jax.random.fold_in(key, 1), params, config.lora.rank)
 
 
 def read_init_from(config: ExperimentConfig, mesh: Mesh | None = None) -> dict[str, Any] | None:
@@ -72,10 +68,13 @@ def check_init_from(config: ExperimentConfig) -> None:
         _check(config, *load_shapes(config.init_from))
 
 
-def _check(config: ExperimentConfig, model: moshi.MoshiConfig, params: Any) -> None:
+def _check(config: ExperimentConfig, model: Any, params: Any) -> None:
+    if type(model) is not type(config.model):
+        expected, got = (type(m).__name__.removesuffix("Config") for m in (config.model, model))
+        raise ValueError(f"config.init_from={config.init_from}: expected a {expected}, got a {got}.")
     differing = [
         f"{name}: there {getattr(model, name)!r}, config.model says {getattr(config.model, name)!r}"
-        for name in NOT_IN_THE_SHAPES
+        for name in objective_of(config).not_in_the_shapes
         if getattr(model, name) != getattr(config.model, name)
     ]
     if differing:

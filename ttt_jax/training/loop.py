@@ -13,7 +13,6 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ttt_jax.data.chunks import Chunk, Chunks
 from ttt_jax.signals import StopRequest
 from ttt_jax.training import distributed, sharding
 from ttt_jax.training import step as steps
@@ -21,8 +20,9 @@ from ttt_jax.training.checkpoints import Checkpoints, NonFiniteError, restore_la
 from ttt_jax.training.config import ExperimentConfig
 from ttt_jax.training.initial import read_init_from
 from ttt_jax.training.metrics import MetricsFile
+from ttt_jax.training.objective import Batch, Batches, objective_of
 from ttt_jax.training.parameters import trained_part
-from ttt_jax.training.tensorboard import TensorBoard, losses_figure
+from ttt_jax.training.tensorboard import TensorBoard
 
 Speak = Callable[[Any], tuple[np.ndarray, int]]
 """Parameters -> speech [samples] or [samples, channels] in [-1, 1], and its sample rate in Hz."""
@@ -31,22 +31,22 @@ Speak = Callable[[Any], tuple[np.ndarray, int]]
 def train(
     config: ExperimentConfig,
     workdir: pathlib.Path,
-    training: Chunks,
-    validation: Chunks | None,
+    training: Batches,
+    validation: Batches | None,
     speak: Speak | None = None,
 ) -> int:
     """Trains to `config.optimizer.steps` updates, going on from the newest readable checkpoint in `workdir`.
 
     Every process of a run calls this; they work on `config.mesh` together and stop together.
 
-    Policy: update i reads chunk i - 1 and nothing else but the state, so a killed run that is started again ends with
+    Policy: update i reads batch i - 1 and nothing else but the state, so a killed run that is started again ends with
     the parameters of an undisturbed one. A checkpoint is written after the metrics up to its step.
 
     Args:
         config: The experiment.
         workdir: Gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
-        training: Chunks to train on, of the rows that `local_rows` gives this process.
-        validation: Chunks of fresh rows, whose first `config.validation.num_batches` are scored; None: there is no
+        training: Batches to train on, of the rows that `local_rows` gives this process.
+        validation: Batches of fresh rows, whose first `config.validation.num_batches` are scored; None: there is no
             validation, whatever the config says. Of the same rows.
         speak: Makes what is heard in TensorBoard every `config.log.audio_every_steps`; None: nothing is.
 
@@ -98,55 +98,60 @@ class Functions:
         update = functools.partial(steps.train_step, config)
         self._train_step = jax.jit(update, donate_argnums=0, out_shardings=(state, replicated))
         self._put = functools.partial(sharding.put_rows, mesh, batch_size=config.data.batch_size)
-        self._updates: dict[tuple[int, ...], Any] = {}
+        self._updates: dict[tuple[tuple[int, ...], ...], Any] = {}
 
-    def put(self, chunk: Chunk) -> Chunk:
-        """The whole chunk, of which this process gives the rows that lie on its devices."""
-        return self._put(chunk)
+    def put(self, batch: Batch) -> Batch:
+        """The whole batch, of which this process gives the rows that lie on its devices."""
+        return self._put(batch)
 
-    def is_compiled(self, chunk: Chunk) -> bool:
-        """Whether `update` is ready for a chunk of this size."""
-        return chunk.tokens.shape in self._updates
+    def is_compiled(self, batch: Batch) -> bool:
+        """Whether `update` is ready for a batch of this size."""
+        return _shapes(batch) in self._updates
 
-    def compile(self, chunk: Chunk) -> None:
+    def compile(self, batch: Batch) -> None:
         """Makes `update` ready, so that the measured speed does not contain it."""
-        self._updates[chunk.tokens.shape] = self.lower(chunk).compile()
+        self._updates[_shapes(batch)] = self.lower(batch).compile()
 
-    def lower(self, chunk: Chunk) -> jax.stages.Lowered:
-        """`update` for chunks of this size, or of these shapes, before it is compiled."""
-        return self._train_step.lower(self.abstract_state, chunk)
+    def lower(self, batch: Batch) -> jax.stages.Lowered:
+        """`update` for batches of this size, or of these shapes, before it is compiled."""
+        return self._train_step.lower(self.abstract_state, batch)
 
     def model_params(self, state: steps.TrainState) -> Any:
-        """A plain Moshi; a copy only where low-rank factors are to be merged."""
+        """A plain model; a copy only where low-rank factors are to be merged."""
         return self._model_params(state.params, state.lora) if state.lora else state.params
 
-    def diagnose(self, state: steps.TrainState, chunk: Chunk) -> dict[str, jax.Array]:
-        """Diagnostics of the update that reads `chunk` next."""
-        return self._diagnostics(state.params, chunk, state.carry, state.lora)
+    def diagnose(self, state: steps.TrainState, batch: Batch) -> dict[str, jax.Array]:
+        """Diagnostics of the update that reads `batch` next."""
+        return self._diagnostics(state.params, batch, state.carry, state.lora)
 
-    def update(self, state: steps.TrainState, chunk: Chunk) -> tuple[steps.TrainState, dict]:
+    def update(self, state: steps.TrainState, batch: Batch) -> tuple[steps.TrainState, dict]:
         """`train_step`; `state` is given up."""
-        return self._updates[chunk.tokens.shape](state, chunk)
+        return self._updates[_shapes(batch)](state, batch)
+
+
+def _shapes(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
 
 
 def _updates(config, state, functions, sources, checkpoints, reporter, wishes) -> int:
     training, validation, speak = sources
+    objective = objective_of(config)
     last = config.optimizer.steps
     step = int(state.step)
     wish = wishes.ask()
     while step < last and not wish.stop:
         step += 1
         local = training[step - 1]
-        num_frames = int(local.length.sum()) * config.data.batch_size // len(local.length)
-        chunk = functions.put(local)
-        if not functions.is_compiled(chunk):
+        num_units = objective.units(local) * config.data.batch_size // len(jax.tree.leaves(local)[0])
+        batch = functions.put(local)
+        if not functions.is_compiled(batch):
             with reporter.pause():
-                functions.compile(chunk)
+                functions.compile(batch)
         if _is_multiple(step, config.log.diagnostics_every_steps):
             with reporter.pause():
-                reporter.write(step, "diagnostics", functions.diagnose(state, chunk))
-        state, metrics = functions.update(state, chunk)
-        reporter.push(step, metrics, num_frames)
+                reporter.write(step, "diagnostics", functions.diagnose(state, batch))
+        state, metrics = functions.update(state, batch)
+        reporter.push(step, metrics, num_units)
         if validation is not None and _validation_is_due(config, step):
             with reporter.pause():
                 reporter.write(step, "validation", _validate(config, functions, state, validation))
@@ -174,9 +179,9 @@ def _validation_is_due(config: ExperimentConfig, step: int) -> bool:
     return _is_multiple(step, every) or (every > 0 and step == config.optimizer.steps)
 
 
-def _validate(config, functions, state, chunks: Chunks) -> dict[str, Any]:
+def _validate(config, functions, state, batches: Batches) -> dict[str, Any]:
     scores = [
-        functions.evaluate(state.params, functions.put(chunks[i]), state.lora)
+        functions.evaluate(state.params, functions.put(batches[i]), state.lora)
         for i in range(config.validation.num_batches)
     ]
     return jax.tree.map(lambda *values: np.mean(jax.device_get(values), axis=0), *scores)
@@ -207,6 +212,7 @@ class _Reporter:
         start: int,
     ):
         self._config = config
+        self._objective = objective_of(config)
         self._metrics = metrics
         self._board = board
         self._checkpoints = checkpoints
@@ -218,7 +224,7 @@ class _Reporter:
             dynamic_ncols=True,
             disable=not distributed.is_first(),
         )
-        self._frames = 0
+        self._units = 0
         self._logged_at = time.perf_counter()
 
     def __enter__(self) -> "_Reporter":
@@ -236,10 +242,10 @@ class _Reporter:
         self._logged_at += time.perf_counter() - begun
         self._bar.unpause()
 
-    def push(self, step: int, metrics: dict, num_frames: int) -> None:
+    def push(self, step: int, metrics: dict, num_units: int) -> None:
         """Reports the update before this one, and keeps this one's metrics for later."""
         self._flush()
-        self._pending = (step, metrics, num_frames)
+        self._pending = (step, metrics, num_units)
 
     def write(self, step: int, kind: str, values: dict) -> None:
         """Writes further metrics of `step`, after those of the update itself."""
@@ -247,7 +253,9 @@ class _Reporter:
         values = jax.device_get(values)
         self._write(step, kind, values)
         if self._board is not None and kind == "validation":
-            self._board.image(step, "validation/losses", losses_figure(values))
+            figure = self._objective.figure(values)
+            if figure is not None:
+                self._board.image(step, "validation/losses", figure)
 
     def listen(self, step: int, wav: np.ndarray, sample_rate_hz: int) -> None:
         """Writes what the model says after `step`."""
@@ -262,9 +270,9 @@ class _Reporter:
     def _flush(self) -> None:
         if self._pending is None:
             return
-        step, metrics, num_frames = self._pending
+        step, metrics, num_units = self._pending
         self._pending = None
-        self._frames += num_frames
+        self._units += num_units
         loss = float(metrics["loss"])
         if not np.isfinite(loss):
             raise NonFiniteError(f"The loss at step {step} is {loss}. {self._checkpoints.advice()}")
@@ -279,7 +287,7 @@ class _Reporter:
 
     def _log(self, step: int, metrics: dict) -> None:
         now = time.perf_counter()
-        rate = self._frames / (now - self._logged_at)
-        self._frames, self._logged_at = 0, now
-        self._write(step, "train", {**metrics, "frames_per_second": rate})
-        self._bar.set_postfix_str(f"loss {float(metrics['loss']):.3f}, {rate:.0f} frames/s")
+        rate, unit = self._units / (now - self._logged_at), self._objective.unit
+        self._units, self._logged_at = 0, now
+        self._write(step, "train", {**metrics, f"{unit}_per_second": rate})
+        self._bar.set_postfix_str(f"loss {float(metrics['loss']):.3f}, {rate:.0f} {unit}/s")

@@ -61,26 +61,22 @@ def lower(config: "ExperimentConfig", devices: Sequence[Any]) -> "tuple[jax.stag
         ValueError: The mesh does not fit the devices, or the batch the mesh.
     """
     import jax
-    import numpy as np
     from jax.sharding import NamedSharding
 
-    from ttt_jax.data.chunks import Chunk
     from ttt_jax.training import sharding
     from ttt_jax.training.loop import Functions
+    from ttt_jax.training.objective import objective_of
 
     mesh = sharding.make_mesh(config.mesh, devices)
-    data = config.data
-    sharding.check_batch_size(mesh, data.batch_size, config.optimizer.accumulate)
-    rows, frames = NamedSharding(mesh, sharding.ROWS), data.num_frames * data.gradient_chunks
-
-    def of_rows(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=rows)
-
-    chunk = Chunk(of_rows((config.model.num_streams, frames + 1), np.int32), of_rows((), np.int32), of_rows((), bool))
+    sharding.check_batch_size(mesh, config.data.batch_size, config.optimizer.accumulate)
+    rows = NamedSharding(mesh, sharding.ROWS)
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), objective_of(config).batch_shapes()
+    )
     # The default device is what the layers choose their implementation by.
     with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
         functions = Functions(config, mesh)
-        return functions.lower(chunk), functions.abstract_state
+        return functions.lower(batch), functions.abstract_state
 
 
 def state_bytes(config: "ExperimentConfig", state: "TrainState") -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Which of Moshi's parameters are what: their group, and whether a run trains them."""
+"""Which of a model's parameters are what: their group, and whether a run trains them."""
 
 import re
 from typing import Any, NamedTuple
@@ -7,15 +7,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ttt_jax.training.config import TrainMode
 
-TTT = re.compile(r"\blayers_\d+/(ttt|norm_ttt)/")
-GATES = re.compile(r"\blayers_\d+/gate$")
-TEMPORAL_ATTENTION = re.compile(r"\blayers_\d+/self_attn/")
+TTT = re.compile(r"\blayers_\d+/(two_way/)?(ttt|norm_ttt)/")
+GATES = re.compile(r"\blayers_\d+/(two_way/)?gate(_(forward|backward)_\w+)?$")
+TEMPORAL_ATTENTION = re.compile(r"\blayers_\d+/(two_way/)?self_attn/")
+"""Projections and, where there are such, norms of queries and keys."""
 
 
 class Trained(NamedTuple):
     """What a run changes; only these leaves have a place here, a gradient and an optimizer state."""
 
-    params: Any  # of Moshi's parameter tree
+    params: Any  # of the model's parameter tree
     lora: Any  # low-rank factors beside it (`ttt_jax.models.moshi.lora`), None without
 
 
@@ -33,12 +34,12 @@ def is_trained(path: str, train: TrainMode) -> bool:
 
 
 def trained_part(params: Any, lora: Any, train: TrainMode) -> Trained:
-    """The leaves of Moshi's `params`, and the low-rank factors, that the mode trains."""
+    """The leaves of the model's `params`, and the low-rank factors, that the mode trains."""
     leaves = flatten_dict(params, sep="/")
     chosen = {path: leaf for path, leaf in leaves.items() if is_trained(path, train)}
     return Trained(unflatten_dict(chosen, sep="/"), lora)
 
 
 def put_back(params: Any, trained: Trained) -> Any:
-    """Moshi's `params` with the trained leaves in their places."""
+    """The model's `params` with the trained leaves in their places."""
     return unflatten_dict(flatten_dict(params, sep="/") | flatten_dict(trained.params, sep="/"), sep="/")

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ttt_jax.models.moshi import MoshiConfig, View
+from ttt_jax.models.moshi import View
 from ttt_jax.training.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
@@ -74,7 +74,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
         )
 
 
-def parameter_spec(names: tuple[str, ...], shape: tuple[int, ...], model: MoshiConfig, mesh: Mapping[str, int]):
+def parameter_spec(names: tuple[str, ...], shape: tuple[int, ...], model: Any, mesh: Mapping[str, int]):
     """How a parameter, or a moment of it, is split.
 
     Args:
@@ -96,7 +96,7 @@ def parameter_spec(names: tuple[str, ...], shape: tuple[int, ...], model: MoshiC
     return PartitionSpec(*axes)
 
 
-def _tensor_axis(names, shape, model: MoshiConfig, size: int) -> int | None:
+def _tensor_axis(names, shape, model: Any, size: int) -> int | None:
     last = names[-2:] if names[-1:] == ("kernel",) else names[-1:]
     if any(name in names for name in BY_HEAD):
         axis = 0
@@ -110,12 +110,11 @@ def _tensor_axis(names, shape, model: MoshiConfig, size: int) -> int | None:
     return None if shape[axis] % size or cut_heads else axis
 
 
-def _num_heads(names, model: MoshiConfig) -> int:
+def _num_heads(names, model: Any) -> int:
     if "depformer" in names:
         return model.depformer_num_heads
-    if "ttt" in names and model.ttt is not None:
-        return model.ttt.num_heads or model.num_heads
-    return model.num_heads
+    inserted = getattr(model, "ttt", None) if "ttt" in names else None
+    return (inserted and inserted.num_heads) or model.num_heads
 
 
 def carried_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int]) -> PartitionSpec:
@@ -132,7 +131,7 @@ def carried_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[s
     return PartitionSpec(*(*ROWS, *[None] * (axis - 1), "tensor"))
 
 
-def state_shardings(mesh: Mesh, model: MoshiConfig, state: Any) -> Any:
+def state_shardings(mesh: Mesh, model: Any, state: Any) -> Any:
     """Shardings of a `TrainState`: its `params`, `lora` and `optimizer` as parameters, its `carry` by rows.
 
     Args:
@@ -154,17 +153,17 @@ def state_shardings(mesh: Mesh, model: MoshiConfig, state: Any) -> Any:
     return state._replace(**fields)
 
 
-def _parameter_sharding(mesh: Mesh, model: MoshiConfig, path, leaf) -> NamedSharding:
+def _parameter_sharding(mesh: Mesh, model: Any, path, leaf) -> NamedSharding:
     return NamedSharding(mesh, parameter_spec(_names(path), leaf.shape, model, mesh.shape))
 
 
-def parameter_shardings(mesh: Mesh, model: MoshiConfig, params: Any) -> Any:
+def parameter_shardings(mesh: Mesh, model: Any, params: Any) -> Any:
     """Shardings of parameters, of their low-rank factors, or of the shapes of either."""
     return jax.tree.map_with_path(functools.partial(_parameter_sharding, mesh, model), params)
 
 
-def gathering_view(model: MoshiConfig) -> View | None:
-    """`Moshi.view` in training: parameters as they are used, no longer split over `fsdp`; None where nothing is split.
+def gathering_view(model: Any) -> View | None:
+    """The `view` of a model in training: parameters as they are used, no longer split over `fsdp`; None: as they are.
 
     Their gradients come back summed and split again. Without this the compiler may choose to split activations instead
     and give every device the whole batch.

@@ -108,21 +108,26 @@ class Block(nn.Module):
         """Text `[B, scenes, L, model_dim]` and video `[B, frames, h, w, model_dim]`, the timestep's embedding."""
         c = self.config
         seen, gates = AdaptiveNorm(c, name="pre_seq")(parts, time)
-        parts = _add(parts, gates, self._mixed(seen))
+        parts = _add(parts, gates, self.mixed(seen))
         seen, gates = AdaptiveNorm(c, name="pre_mlp")(parts, time)
         mlp = MLP(c, name="mlp")
         return _add(parts, gates, {name: mlp(x) for name, x in seen.items()})
 
-    def _mixed(self, parts: Parts) -> Parts:
+    def mixed(self, parts: Parts) -> Parts:
+        """What lets tokens see each other: attention inside scenes, then TTT over all of them."""
         c = self.config
-        dtype, rope = jnp.dtype(c.dtype), RotaryEmbedding(c.theta)
+        learn = functools.partial(scenes.read_scenes, TTTLayer(c.ttt_config, dtype=jnp.dtype(c.dtype), name="ttt"))
+        return gated_passes(self, learn, self.attended(parts), scenes.reverse, c.gating_alpha_init)
+
+    def attended(self, parts: Parts) -> Parts:
+        """Attention inside scenes."""
+        c = self.config
+        rope = RotaryEmbedding(c.theta)
 
         def attend(q: Parts, k: Parts, v: Parts) -> Parts:
             return scenes.attend_scenes(q, k, v, stride=c.attn_length, shared=c.prefix_temporal_length, rope=rope)
 
-        parts = NormedAttention(c.num_heads, dtype, name="self_attn")(parts, attend)
-        learn = functools.partial(scenes.read_scenes, TTTLayer(c.ttt_config, dtype=dtype, name="ttt"))
-        return gated_passes(self, learn, parts, scenes.reverse, c.gating_alpha_init)
+        return NormedAttention(c.num_heads, jnp.dtype(c.dtype), name="self_attn")(parts, attend)
 
 
 def _add(parts: Parts, gates: Parts, branch: Parts) -> Parts:
