@@ -1,4 +1,4 @@
-"""Sampling: DPM-Solver++ 2M as an SDE (Lu et al. 2022), variance preserving, with dynamic guidance as CogVideoX has it."""
+"""Sampling: DPM-Solver++ 2M as an SDE (Lu et al. 2022), with dynamic guidance as CogVideoX has it."""
 
 import math
 from collections.abc import Callable
