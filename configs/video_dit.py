@@ -2,7 +2,7 @@ r"""TTT-Video-DiT: video diffusion over several scenes with a text each, from mo
 
     python -m ttt_jax.data.moving_shapes --output=data/moving_shapes
     python train.py --config=configs/video_dit.py:tiny --workdir=runs/video-tiny
-    python -m ttt_jax.generate_video --checkpoint=runs/video-tiny --data=data/moving_shapes --output=runs/video-tiny.gif
+    python -m ttt_jax.generate.video --checkpoint=runs/video-tiny --data=data/moving_shapes --output=runs/video-tiny.gif
 
 - tiny: MEASURED
 
@@ -54,7 +54,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
     config.init_from = ""
     config.data = {
         "directory": "data/moving_shapes",
-        "batch_size": 8,
+        "batch_size": 16,
         "num_frames": 13,
         "num_scenes": 3,
         "text_length": 4,
@@ -64,10 +64,10 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
     config.model = {
         "model_dim": 96,
         "num_heads": 6,
-        "num_layers": 3,
+        "num_layers": 2,
         "text_dim": 16,
         "time_embed_dim": 96,
-        "patch_size": 2,
+        "patch_size": 4,
         "in_channels": 3,
         "attn_length": 4,
         "prefix_temporal_length": 1,
@@ -81,7 +81,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
     }
     config.optimizer = {
         "learning_rate": 2e-3,
-        "steps": 600,
+        "steps": 1200,
         "warmup_steps": 40,
         "schedule": "cosine",
         "final_learning_rate_fraction": 0.05,
@@ -111,8 +111,10 @@ def _published(config: Any, variant: str) -> None:
     config.init_from = stage.init_from
     config.data.update({"directory": f"data/video-{variant}", "batch_size": 64, "height": 60, "width": 90})
     config.data.update({name: getattr(stage, name) for name in ("num_frames", "num_scenes", "text_length")})
-    config.model.update({"model_dim": 3072, "num_heads": 48, "num_layers": 42, "text_dim": 4096, "in_channels": 16})
-    config.model.update({"time_embed_dim": 512, "attn_length": 12, "ssm_layer": "ttt_mlp", "remat": True})
+    config.model.update({"model_dim": 3072, "num_heads": 48, "num_layers": 42, "text_dim": 4096, "patch_size": 2})
+    config.model.update(
+        {"in_channels": 16, "time_embed_dim": 512, "attn_length": 12, "ssm_layer": "ttt_mlp", "remat": True}
+    )
     config.optimizer.update(
         {
             "learning_rate": LEARNING_RATE,
@@ -125,9 +127,10 @@ def _published(config: Any, variant: str) -> None:
         }
     )
     factor = FIRST_TTT_LEARNING_RATE / LEARNING_RATE if is_first else 1.0
-    config.optimizer.groups.ttt.update(
-        {"learning_rate_factor": factor, "schedule": "cosine", "final_learning_rate_fraction": 1 / factor}
-    )
+    for group in ("ttt", "gates"):
+        config.optimizer.groups[group].update(
+            {"learning_rate_factor": factor, "schedule": "cosine", "final_learning_rate_fraction": 1 / factor}
+        )
     config.precision.update({"activations": "bfloat16", "frozen": "float32" if is_first else "bfloat16"})
     config.checkpoint.update({"every_steps": 250, "every_seconds": 3600.0})
     config.log.update({"every_steps": 1, "diagnostics_every_steps": 50})
