@@ -154,7 +154,8 @@ def test_what_does_not_fit_is_named_before_anything_is_written(shapes, tmp_path,
 
 
 def test_which_parameters_are_what():
-    paths = by_path(jax.eval_shape(lambda: initial_parameters(make())[0]))
+    params = jax.eval_shape(lambda: initial_parameters(make())[0])
+    paths = by_path(params)
     groups = {name: {path for path in paths if group_of(path) == name} for name in ("gates", "ttt", "base")}
     directions = {f"layers_0/gate_{a}_{b}" for a in ("forward", "backward") for b in ("text", "video")}
     assert groups["gates"] == directions
@@ -163,7 +164,7 @@ def test_which_parameters_are_what():
     names = {f"layers_0/self_attn/{x}/{y}" for x in "qkvo" for y in ("kernel", "bias")}
     assert of_base - names == {path for path in paths if "q_norm" in path or "k_norm" in path}
     assert names < of_base
-    decayed = {path for path, is_decayed in by_path(decay_mask(paths)).items() if is_decayed}
+    decayed = {path for path, is_decayed in by_path(decay_mask(params)).items() if is_decayed}
     assert not any(word in path for path in decayed for word in ("bias", "norm/", "/b1", "gate_", "ln_"))
     assert "layers_0/ttt/inner/w1" in decayed
 
