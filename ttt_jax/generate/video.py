@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from PIL import Image, ImageDraw
 
 from ttt_jax.checkpoint import load
@@ -182,6 +182,8 @@ def define_flags() -> dict[str, flags.FlagHolder]:
 
 def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
     """Run the program."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it reads at INFO.
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
