@@ -32,10 +32,10 @@ def test_a_gif_shows_samples_above_the_videos_of_their_captions(directories, tmp
     samples, videos = video.run(*directories, str(path), split="test", number=2, first=1, num_steps=2)
     assert samples.shape == (2, 5, 3, 12, 12)
     assert videos[0].id == "21"
-    gif = Image.open(path)
-    assert gif.n_frames == 5
-    gif.seek(3)
-    pixels = np.asarray(gif.convert("RGB")).astype(float) / 127.5 - 1
+    with Image.open(path) as gif:
+        assert gif.n_frames == 5
+        gif.seek(3)
+        pixels = np.asarray(gif.convert("RGB")).astype(float) / 127.5 - 1
     top = video.LINE + 12 * video.ZOOM + video.MARGIN + video.LINE
     shown = pixels[top : top + 120, video.MARGIN : video.MARGIN + 120][5::10, 5::10].transpose(2, 0, 1)
     np.testing.assert_allclose(shown, videos[0].video[3].astype(float), atol=0.1)  # GIFs have a palette
@@ -47,7 +47,7 @@ def test_what_cannot_be_shown_is_named(directories, tmp_path):
     options = {"split": "test", "number": 1, "first": 0}
     with pytest.raises(ValueError, match=r"output: expected a name that ends in \.gif or \.npy, got 'x\.mp4'"):
         video.run(*directories, "x.mp4", **options)
-    with pytest.raises(ValueError, match="number: expected at most 2 after first=0, got 9"):
+    with pytest.raises(ValueError, match="number: expected at most 3 after first=0, got 9"):
         video.run(*directories, "x.gif", **options | {"number": 9})
     with pytest.raises(ValueError, match=r"latents of 16 channels are no pixels.*\.npy"):
         video.write_gif(tmp_path / "x.gif", np.zeros((1, 1, 16, 4, 4)), [], 2)
