@@ -184,9 +184,7 @@ def test_the_published_stages(name):
     np.testing.assert_allclose([base(warm - 1), base(last)], 1e-5, rtol=1e-5)
     np.testing.assert_allclose([ttt(warm - 1), ttt(last)], [1e-4 if name == "3s" else 1e-5, 1e-5], rtol=1e-5)
     assert config.data.batch_size == 64
-    params = jax.eval_shape(lambda: initial_parameters(config)[0]) if name == "9s" else {}
-    trained = sum(x.size for path, x in by_path(params).items() if is_trained(path, config.optimizer.train))
-    assert name != "9s" or 0.2 < trained / sum(x.size for x in by_path(params).values()) < 0.6
+    assert config.optimizer.train == ("all" if name == "3s" else "qkvo")
 
 
 def shapes_of(config):
@@ -201,10 +199,10 @@ def test_an_unknown_stage_is_named():
         video_dit.get_config("5s")
 
 
-def test_the_view_sees_every_block(monkeypatch):
+def test_the_view_sees_every_block():
     """What it is given are the parameters of the model, and what it returns is what the model computes with."""
     config = make()
-    params = on_one_device()[0].params
+    params = jax.jit(lambda: initial_parameters(config)[0])()
     seen = set()
 
     def view(names, tree):
@@ -213,6 +211,6 @@ def test_the_view_sees_every_block(monkeypatch):
         return jax.tree.map(lambda x: 0 * x, tree) if names == ("final_linear",) else tree
 
     inputs = batch(1).video, batch(1).text, np.zeros(1, np.int32)
-    out = VideoDiT(config.model, view).apply({"params": params}, *inputs)
+    out = jax.jit(VideoDiT(config.model, view).apply)({"params": params}, *inputs)
     assert seen == {path for path in by_path(params) if not path.startswith("transformer_norm")}
     assert np.all(out == 0)

@@ -113,7 +113,7 @@ def _picture(rows: list[np.ndarray], videos: list[Video], frame: int, scene_fram
         top = r * (height + MARGIN + LINE) + LINE
         draw.text((MARGIN, top - LINE + 1), ("sampled", "from the dataset, for the same captions")[r], fill="black")
         for c, video in enumerate(row):
-            pixels = np.uint8(np.clip((video[frame].transpose(1, 2, 0) + 1) * 127.5, 0, 255).round())
+            pixels = np.clip((video[frame].transpose(1, 2, 0) + 1) * 127.5, 0, 255).round().astype(np.uint8)
             image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(image, (MARGIN + c * (width + MARGIN), top))
     for c, video in enumerate(videos):
