@@ -1,4 +1,4 @@
-"""The TFDS builder: tokenized recordings on disk to ArrayRecord, without TensorFlow."""
+"""The TFDS builders: tokenized recordings and encoded videos to ArrayRecord, without TensorFlow."""
 
 import functools
 import pathlib
@@ -12,16 +12,8 @@ import tensorflow_datasets as tfds
 Example = dict[str, Any]
 
 
-class TokenRecordings(tfds.core.GeneratorBasedBuilder):
-    """Whole recordings as codes int32 [T, streams] (`Recording.codes` transposed), an id and JSON metadata.
-
-    Args:
-        records: split -> paths of tokenized recordings, in the order they are stored; splits without any are left out.
-        make_example: picklable; path -> {id, codes, metadata}. With `use_beam` it runs as a `beam.Map`.
-        num_streams: text and audio streams per recording.
-        use_beam: generate each split as a Beam pipeline.
-        **kwargs: of `tfds.core.GeneratorBasedBuilder`.
-    """
+class _Records(tfds.core.GeneratorBasedBuilder):
+    """Examples of files in the order of the files."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -30,20 +22,18 @@ class TokenRecordings(tfds.core.GeneratorBasedBuilder):
         *,
         records: Mapping[str, Sequence[pathlib.Path]],
         make_example: Callable[[str], Example],
-        num_streams: int,
+        features: Mapping[str, Any],
         use_beam: bool = False,
         **kwargs,
     ):
         self._records = records
         self._make_example = make_example
-        self._num_streams = num_streams
+        self._features = features
         self._use_beam = use_beam
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        codes = tfds.features.Tensor(shape=(None, self._num_streams), dtype=np.int32, encoding="bytes")
-        text = tfds.features.Text
-        features = tfds.features.FeaturesDict({"id": text(), "codes": codes, "metadata": text()})
+        features = tfds.features.FeaturesDict(self._features)
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
@@ -56,6 +46,44 @@ class TokenRecordings(tfds.core.GeneratorBasedBuilder):
             beam = tfds.core.lazy_imports.apache_beam
             return beam.Create(numbered) | beam.Map(generate)
         return map(generate, numbered)
+
+
+class TokenRecordings(_Records):
+    """Whole recordings as codes int32 [T, streams] (`Recording.codes` transposed), an id and JSON metadata.
+
+    Args:
+        records: split -> paths of tokenized recordings, in the order they are stored; splits without any are left out.
+        make_example: picklable; path -> {id, codes, metadata}. With `use_beam` it runs as a `beam.Map`.
+        num_streams: text and audio streams per recording.
+        use_beam: generate each split as a Beam pipeline.
+        **kwargs: of `tfds.core.GeneratorBasedBuilder`.
+    """
+
+    def __init__(self, *, num_streams: int, **kwargs):
+        codes = tfds.features.Tensor(shape=(None, num_streams), dtype=np.int32, encoding="bytes")
+        text = tfds.features.Text
+        super().__init__(features={"id": text(), "codes": codes, "metadata": text()}, **kwargs)
+
+
+class VideoRecords(_Records):
+    """Videos as latents float16 [frames, channels, h, w] and the embeddings of their texts float16 [scenes, L, width].
+
+    Args:
+        records: split -> names of videos, in the order they are stored; splits without any are left out.
+        make_example: name -> {id, video, text, captions}, the last as JSON.
+        video_shape: of all videos.
+        text_shape: of the texts of a video.
+        **kwargs: of `tfds.core.GeneratorBasedBuilder`.
+    """
+
+    def __init__(self, *, video_shape: Sequence[int], text_shape: Sequence[int], **kwargs):
+        shapes = {"video": tuple(video_shape), "text": tuple(text_shape)}
+        tensors = {
+            name: tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="bytes")
+            for name, shape in shapes.items()
+        }
+        text = tfds.features.Text
+        super().__init__(features={"id": text(), **tensors, "captions": text()}, **kwargs)
 
 
 def _generate(make_example: Callable[[str], Example], item: tuple[int, str]) -> tuple[int, Example]:

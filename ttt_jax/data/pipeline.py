@@ -385,7 +385,7 @@ def _assemble(
     )
     root = work / "tfds"
     shutil.rmtree(root, ignore_errors=True)
-    with _quiet():
+    with quiet():
         tfds.disable_progress_bar()
         builder = TokenRecordings(
             records=records,
@@ -410,7 +410,7 @@ def _assemble(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """TFDS logs and prints about downloads, of which there are none."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)

@@ -12,9 +12,10 @@ from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.files import write_atomically
 from ttt_jax.models.infill import InfillConfig
 from ttt_jax.models.moshi import MoshiConfig
+from ttt_jax.models.video_dit import VideoDiTConfig
 from ttt_jax.training import distributed
 
-ObjectiveName = Literal["next_token", "infill"]
+ObjectiveName = Literal["next_token", "infill", "diffusion"]
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES = ("cosine", "linear", "constant")
 TrainMode = Literal["all", "qkvo", "ttt", "lora"]
@@ -90,6 +91,34 @@ class DataConfig:
                 gradient_chunks=(self.gradient_chunks == 1, "1 unless mode is 'follow'", self.gradient_chunks),
                 recording_frames=(not any(pieces), "None unless mode is 'follow'", pieces),
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoDataConfig:
+    """What an update reads of the dataset of videos in `directory`: `batch_size` of them, which all have these sizes.
+
+    Attributes:
+        directory: Of the dataset.
+        batch_size: Rows, a video each.
+        num_frames: Latent frames of a video.
+        num_scenes: Texts of a video.
+        text_length: Tokens of a text.
+        height: Rows of a latent.
+        width: Columns of a latent.
+    """
+
+    directory: str
+    batch_size: int = 4
+    num_frames: int = 13
+    num_scenes: int = 1
+    text_length: int = 498
+    height: int = 60
+    width: int = 90
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _require(**{field.name: (field.name == "directory" or value >= 1, "at least 1", value)})
 
 
 def _check_frames(num_frames: int, recording_frames: int | None) -> None:
@@ -246,6 +275,16 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DiffusionLossConfig:
+    """Of `text_dropout` of all rows the model sees the empty text in every scene, which guidance needs."""
+
+    text_dropout: float = 0.1
+
+    def __post_init__(self):
+        _require(text_dropout=(0 <= self.text_dropout <= 1, "a probability in [0, 1]", self.text_dropout))
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and what to keep. The last step and a SIGTERM always save.
 
@@ -380,6 +419,7 @@ class Sections(NamedTuple):
 SECTIONS: dict[str, Sections] = {
     "next_token": Sections(MoshiConfig, DataConfig, LossConfig),
     "infill": Sections(InfillConfig, InfillDataConfig, InfillLossConfig),
+    "diffusion": Sections(VideoDiTConfig, VideoDataConfig, DiffusionLossConfig),
 }
 """By objective."""
 
@@ -390,7 +430,8 @@ class ExperimentConfig:
 
     Attributes:
         data: What an update reads: the objective's type in `SECTIONS`, such as `DataConfig`.
-        objective: What the model learns: "next_token", the next frame of a Moshi; "infill", a recording's masked spans.
+        objective: What the model learns: "next_token", the next frame of a Moshi; "infill", a recording's masked spans;
+            "diffusion", the velocity of a noisy video.
         model: The objective's type, such as `MoshiConfig`; None: that with its defaults. Its `dtype` is set by
             `precision.activations`.
         seed: Of fresh parameters and of the order of the data.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 
 from ttt_jax.training.config import ExperimentConfig
+from ttt_jax.training.diffusion import Diffusion
 from ttt_jax.training.infill import InfillObjective
 from ttt_jax.training.next_token import NextToken
 
@@ -109,7 +110,11 @@ class Objective(Protocol):
         ...
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken, "infill": InfillObjective}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "next_token": NextToken,
+    "infill": InfillObjective,
+    "diffusion": Diffusion,
+}
 
 
 def objective_type(config: ExperimentConfig) -> type[Objective]:

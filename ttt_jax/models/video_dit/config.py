@@ -45,6 +45,8 @@ class VideoDiTConfig:
         gating_alpha_init: initial value of the gates around TTT, not 0 so that what lies behind them gets a gradient.
         dtype: of the computation; parameters, norms, softmax and the inner loop are float32 (float64 if this is).
         remat: recompute each block in the backward pass.
+        remat_group: blocks of which only the first one's input is kept for the backward pass, which computes the others'
+            inputs again; for `remat`.
     """
 
     model_dim: int = 3072
@@ -64,10 +66,11 @@ class VideoDiTConfig:
     gating_alpha_init: float = 0.1
     dtype: str = "float32"
     remat: bool = False
+    remat_group: int = 1
 
     def __post_init__(self):
         names = ("model_dim", "num_heads", "num_layers", "text_dim", "time_embed_dim", "patch_size", "in_channels")
-        for name in (*names, "attn_length"):
+        for name in (*names, "attn_length", "remat_group"):
             _check_int(name, getattr(self, name), 1)
         _check_int("prefix_temporal_length", self.prefix_temporal_length, 0)
         if self.mini_batch_size is not None:
@@ -129,7 +132,7 @@ class VideoDiTConfig:
         return cls(**cogvideox_fields(config, _field_types()))
 
     def to_ttt_video_dit(self) -> dict[str, Any]:
-        """The metadata that `from_ttt_video_dit` reads, JSON-serializable; dtype and remat are not part of it."""
+        """The metadata that `from_ttt_video_dit` reads, JSON-serializable; how it is run (dtype, remat) is not part of it."""
         return {name: getattr(self, name) for name in _field_types()}
 
     def to_cogvideox(self) -> dict[str, Any]:
@@ -192,8 +195,11 @@ def _check_int(name: str, value: Any, lowest: int):
         raise ValueError(f"{name} must be an int >= {lowest}, got {value!r}")
 
 
+_OF_RUNS = ("dtype", "remat", "remat_group")
+
+
 def _field_types() -> dict[str, type]:
     """Fields that a file may tell, and what to read them as."""
     own = {"ssm_layer": str, "theta": float, "ttt_base_lr": float, "rope_theta": float, "gating_alpha_init": float}
-    names = (field.name for field in dataclasses.fields(VideoDiTConfig) if field.name not in ("dtype", "remat"))
+    names = (field.name for field in dataclasses.fields(VideoDiTConfig) if field.name not in _OF_RUNS)
     return {name: own.get(name, int) for name in names}

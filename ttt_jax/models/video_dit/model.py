@@ -4,6 +4,8 @@ Attention is local to a scene; TTT layers read all scenes in both directions.
 """
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +25,9 @@ MODULATION_INIT = nn.initializers.normal(0.02)
 MODULATED = ("video", "text")
 """The parts in the order of their vectors in a modulation."""
 MAX_PERIOD = 1e4
+
+View = Callable[[tuple[str, ...], Any], Any]
+"""(names on the way to them, parameters) -> the same parameters as a layer is to see them."""
 
 
 def _dense(config: VideoDiTConfig, features: int, name: str, **options: Any) -> nn.Dense:
@@ -135,9 +140,16 @@ def _add(parts: Parts, gates: Parts, branch: Parts) -> Parts:
 
 
 class VideoDiT(nn.Module):
-    """The denoising network: noisy latents, the scenes' texts and the timestep to its prediction; see `__call__`."""
+    """The denoising network: noisy latents, the scenes' texts and the timestep to its prediction; see `__call__`.
+
+    Attributes:
+        config: what it is.
+        view: applied to the parameters where they are used: to those of each block inside of what `config.remat`
+            computes again, so that what it returns never lies in memory for all blocks. None when initializing.
+    """
 
     config: VideoDiTConfig
+    view: View | None = None
 
     @nn.compact
     def __call__(self, video: jax.Array, text: jax.Array, timestep: jax.Array) -> jax.Array:
@@ -161,18 +173,43 @@ class VideoDiT(nn.Module):
         c = self.config
         c.check_inputs(video, text, timestep)
         dtype = jnp.dtype(c.dtype)
-        time = TimeEmbedding(c, name="time_embed")(timestep)
+        time = self._viewed(TimeEmbedding, "time_embed")(c)(timestep)
         parts = {
-            "text": _dense(c, c.model_dim, "text_proj")(text.astype(dtype)),
-            "video": _dense(c, c.model_dim, "vid_proj")(_patches(video.astype(dtype), c.patch_size)),
+            "text": self._dense(c.model_dim, "text_proj")(text.astype(dtype)),
+            "video": self._dense(c.model_dim, "vid_proj")(_patches(video.astype(dtype), c.patch_size)),
         }
-        block: Any = nn.remat(Block) if c.remat else Block
-        for i in range(c.num_layers):  # not scanned: layers stay one to one with a checkpoint's tensors
-            parts = block(c, name=f"layers_{i}")(parts, time)
+        # Not scanned: layers stay one to one with a checkpoint's tensors.
+        for group in itertools.batched(range(c.num_layers), c.remat_group if c.remat else c.num_layers):
+            parts = self._blocks(group)(self, parts, time)
         x = LayerNorm(name="transformer_norm")(parts["video"])
-        seen, _ = AdaptiveNorm(c, gated=False, name="final_layer")({"video": x}, time)
-        x = _dense(c, c.in_channels * c.patch_size**2, "final_linear")(seen["video"])
+        seen, _ = self._viewed(AdaptiveNorm, "final_layer")(c, gated=False)({"video": x}, time)
+        x = self._dense(c.in_channels * c.patch_size**2, "final_linear")(seen["video"])
         return _video(x.astype(at_least_float32(dtype)), c.patch_size)
+
+    def _blocks(self, group: tuple[int, ...]) -> Any:
+        """A function of the model, parts and the timestep's embedding: these blocks."""
+
+        def run(model: "VideoDiT", parts: Parts, time: jax.Array) -> Parts:
+            for i in group:
+                parts = model._viewed(Block, f"layers_{i}", model.config.remat)(model.config)(parts, time)
+            return parts
+
+        return nn.remat(run) if self.config.remat and len(group) > 1 else run
+
+    def _viewed(self, module: Any, name: str, recompute: bool = False) -> Any:
+        """A layer of that name which sees its parameters through `view`."""
+        view = self.view
+        if view is not None:
+
+            def see(variables):
+                return {kind: view((name,), tree) for kind, tree in variables.items()}
+
+            module = nn.map_variables(module, "params", see)
+        return functools.partial(nn.remat(module) if recompute else module, name=name)
+
+    def _dense(self, features: int, name: str) -> nn.Dense:
+        dtype = jnp.dtype(self.config.dtype)
+        return self._viewed(nn.Dense, name)(features, dtype=dtype, param_dtype=at_least_float32(dtype))
 
 
 def _patches(video: jax.Array, size: int) -> jax.Array:
