@@ -113,9 +113,7 @@ def plan(config: "ExperimentConfig", devices: Sequence[Any]) -> dict[str, Any]:
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((state.params, state.lora))),
         "rows_per_device": data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]),
         "accumulate": config.optimizer.accumulate,
-        "num_frames": data.num_frames,
-        "gradient_chunks": data.gradient_chunks,
-        "mode": data.mode,
+        **{name: getattr(data, name) for name in ("num_frames", "gradient_chunks", "mode") if hasattr(data, name)},
         "state": state_bytes(config, state),
         "program": compiled_memory(program),
         "flash_attention_calls": (program.as_text() or "").count('custom_call_target="__cudnn$fmha'),
@@ -175,8 +173,8 @@ def describe(result: dict[str, Any]) -> str:
     axes = ", ".join(f"{name} {size}" for name, size in result["mesh"].items())
     lines = [
         f"{result['device']} ({axes}): train={result['train']} of {result['parameters'] / 1e9:.3f} G parameters, "
-        f"{result['rows_per_device']} rows a device, {result['gradient_chunks']} x {result['num_frames']} frames, "
-        f"{result['mode']}",
+        f"{result['rows_per_device']} rows a device, {result.get('gradient_chunks', 1)} x {result['num_frames']} frames"
+        + (f", {result['mode']}" if "mode" in result else ""),
         *(f"{name:26} {size / 1e9:8.2f} GB" for name, size in sizes.items()),
     ]
     return "\n".join(lines)
