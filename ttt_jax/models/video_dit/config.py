@@ -45,8 +45,8 @@ class VideoDiTConfig:
         gating_alpha_init: initial value of the gates around TTT, not 0 so that what lies behind them gets a gradient.
         dtype: of the computation; parameters, norms, softmax and the inner loop are float32 (float64 if this is).
         remat: recompute each block in the backward pass.
-        remat_group: blocks of which only the first one's input is kept for the backward pass, which computes the others'
-            inputs again; for `remat`.
+        remat_group: with `remat`, blocks of which only the first one's input is kept; the backward pass computes those
+            of the others again.
     """
 
     model_dim: int = 3072
@@ -132,7 +132,7 @@ class VideoDiTConfig:
         return cls(**cogvideox_fields(config, _field_types()))
 
     def to_ttt_video_dit(self) -> dict[str, Any]:
-        """The metadata that `from_ttt_video_dit` reads, JSON-serializable; how it is run (dtype, remat) is not part of it."""
+        """The metadata that `from_ttt_video_dit` reads, JSON-serializable; dtype and remat are not part of it."""
         return {name: getattr(self, name) for name in _field_types()}
 
     def to_cogvideox(self) -> dict[str, Any]:
