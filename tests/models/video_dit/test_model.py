@@ -74,6 +74,22 @@ def test_eight_devices_and_recomputed_blocks_are_one_device_and_kept_ones(params
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
 
+def test_blocks_are_recomputed_in_groups():
+    """Of three blocks in groups of two, the inputs of the first and the last are kept; parameters have their names."""
+
+    def recomputed(group):
+        model = VideoDiT(dataclasses.replace(CONFIG, num_layers=3, remat=True, remat_group=group))
+        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs(1)))
+        jaxpr = jax.make_jaxpr(lambda variables: model.apply(variables, *inputs(1)))(shapes).jaxpr
+        regions = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "remat2"]
+        inner = [sum(e.primitive.name == "remat2" for e in eqn.params["jaxpr"].eqns) for eqn in regions]
+        return jax.tree.structure(shapes), inner
+
+    alone, grouped = recomputed(1), recomputed(2)
+    assert alone[0] == grouped[0]
+    assert (alone[1], grouped[1]) == ([0, 0, 0], [2, 0])
+
+
 def test_bfloat16_is_near_float32_and_parameters_stay_float32(params, on_one_device):
     narrow = VideoDiT(dataclasses.replace(CONFIG, dtype="bfloat16"))
     shapes = jax.eval_shape(lambda: narrow.init(jax.random.key(0), *inputs(1)))["params"]
