@@ -148,7 +148,7 @@ def test_silent_frames_follow_the_audio(dataset):
     [
         (
             ["--checkpoint=CHECKPOINT", "--data=DATA", "--benchmark=recall,memory"],
-            "expected names out of nll_by_position, recall, speed, got memory",
+            "expected names out of nll_by_position, recall, infill, speed, got memory",
         ),
         (["--checkpoint=CHECKPOINT"], "has no config.json that names its dataset; pass --data"),
         (["--checkpoint=MISSING", "--data=DATA"], "does not exist; expected a workdir of train.py or a checkpoint"),

@@ -430,10 +430,10 @@ class ExperimentConfig:
 
     Attributes:
         data: What an update reads: the objective's type in `SECTIONS`, such as `DataConfig`.
-        objective: What the model learns: "next_token", the next frame of a Moshi; "infill", a recording's masked spans;
-            "diffusion", the velocity of a noisy video.
         model: The objective's type, such as `MoshiConfig`; None: that with its defaults. Its `dtype` is set by
             `precision.activations`.
+        objective: What the model learns: "next_token", the next frame of a Moshi; "infill", a recording's masked spans;
+            "diffusion", the velocity of a noisy video.
         seed: Of fresh parameters and of the order of the data.
         init_from: Directory of the model to start from, as `ttt_jax.load` takes it; "" starts from fresh parameters.
             TTT layers and gates that it does not have are inserted fresh, without effect on its logits.
@@ -447,8 +447,8 @@ class ExperimentConfig:
     """
 
     data: Any
-    objective: ObjectiveName = "next_token"
     model: Any = None
+    objective: ObjectiveName = "next_token"
     seed: int = 0
     init_from: str = ""
     optimizer: OptimizerConfig = OptimizerConfig()
