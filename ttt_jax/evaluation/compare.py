@@ -13,7 +13,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -303,8 +303,12 @@ def define_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
     )
 
 
-def main(holders: tuple[flags.FlagHolder, flags.FlagHolder], argv: list[str]) -> None:
-    """Run the program."""
+def main(
+    make: Callable[[dict[str, list[pathlib.Path]], pathlib.Path], None],
+    holders: tuple[flags.FlagHolder, flags.FlagHolder],
+    argv: list[str],
+) -> None:
+    """Run a program that compares groups of runs, of which `make` writes the result into a directory."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     group, output = holders
@@ -315,4 +319,4 @@ def main(holders: tuple[flags.FlagHolder, flags.FlagHolder], argv: list[str]) ->
 
 
 if __name__ == "__main__":
-    app.run(functools.partial(main, define_flags()))
+    app.run(functools.partial(main, make, define_flags()))

@@ -11,13 +11,12 @@ import functools
 import json
 import math
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import app
 
-from ttt_jax.evaluation.compare import Spread, define_flags, difference, parse_groups
+from ttt_jax.evaluation.compare import Spread, define_flags, difference, main
 from ttt_jax.evaluation.report import text_table
 from ttt_jax.evaluation.results import write_result
 
@@ -112,16 +111,5 @@ def make(groups: dict[str, list[pathlib.Path]], output: pathlib.Path) -> None:
     print(output / "compare_infill.json")
 
 
-def main(holders: tuple[flags.FlagHolder, flags.FlagHolder], argv: list[str]) -> None:
-    """Run the program."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    group, output = holders
-    try:
-        make(parse_groups(group.value), pathlib.Path(output.value))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    app.run(functools.partial(main, define_flags()))
+    app.run(functools.partial(main, make, define_flags()))

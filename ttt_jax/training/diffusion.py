@@ -1,7 +1,6 @@
 """The objective of Video-DiT: the velocity of a noisy video."""
 
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,12 +12,10 @@ from ttt_jax.data.videos import VideoBatch, VideoBatches, open_videos, splits
 from ttt_jax.models.video_dit import VideoDiT, diffusion
 from ttt_jax.training import sharding
 from ttt_jax.training.config import ExperimentConfig
+from ttt_jax.training.held_out import VALIDATION, VALIDATION_SEED, is_validated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-VALIDATION = "validation"
-VALIDATION_SEED = 0
 
 
 class DiffusionSums(NamedTuple):
@@ -72,10 +69,7 @@ class Diffusion:
         config = self._config
         directory, dropout = config.data.directory, config.loss.text_dropout
         training = self._batches("train", seed=config.seed, text_dropout=dropout)
-        if not config.validation.every_steps:
-            return training, None
-        if VALIDATION not in splits(directory):
-            print(f"no validation: {directory} is too small to hold such a split", file=sys.stderr)
+        if not is_validated(config, splits(directory)):
             return training, None
         return training, self._batches(VALIDATION, seed=VALIDATION_SEED, text_dropout=0.0)
 

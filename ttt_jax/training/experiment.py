@@ -15,9 +15,9 @@ from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.training import distributed, sharding
 from ttt_jax.training.config import ExperimentConfig, claim_workdir
+from ttt_jax.training.held_out import VALIDATION
 from ttt_jax.training.initial import check_init_from
 from ttt_jax.training.loop import Speak, train
-from ttt_jax.training.next_token import VALIDATION
 from ttt_jax.training.objective import objective_of, objective_type
 
 Speaker = Callable[[MoshiConfig, Any, np.ndarray, TokenInfo], tuple[np.ndarray, int]]

@@ -1,7 +1,6 @@
 """The objective of `Infill`: what was in the masked spans of a recording."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,12 +13,10 @@ from ttt_jax.data.spans import MaskedBatch, MaskedCrops, num_masked
 from ttt_jax.models.infill import Infill, first_masked, masked_nll
 from ttt_jax.training import sharding
 from ttt_jax.training.config import ExperimentConfig, infill_with_vocabulary
+from ttt_jax.training.held_out import VALIDATION, VALIDATION_SEED, is_validated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-VALIDATION = "validation"
-VALIDATION_SEED = 0
 
 
 class InfillSums(NamedTuple):
@@ -48,10 +45,7 @@ class InfillObjective:
         """Crops of the training split; validation is on the same crops with the same spans each time."""
         config = self._config
         training = self._crops(open_dataset(config.data.directory, "train"), config.seed)
-        if not config.validation.every_steps:
-            return training, None
-        if VALIDATION not in splits(config.data.directory):
-            print(f"no validation: {config.data.directory} is too small to hold such a split", file=sys.stderr)
+        if not is_validated(config, splits(config.data.directory)):
             return training, None
         return training, self._crops(open_dataset(config.data.directory, VALIDATION), VALIDATION_SEED)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,13 +14,11 @@ from ttt_jax.data.reader import TokenDataset, open_dataset, splits
 from ttt_jax.models import moshi
 from ttt_jax.training import sharding
 from ttt_jax.training.config import ExperimentConfig, Stage, with_vocabulary
+from ttt_jax.training.held_out import VALIDATION, VALIDATION_SEED, is_validated
 from ttt_jax.training.tensorboard import losses_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-VALIDATION = "validation"
-VALIDATION_SEED = 0
 
 
 class NextToken:
@@ -43,10 +40,7 @@ class NextToken:
         """The stages of the curriculum, then the data section's own sizes; validation is on crops."""
         config = self._config
         training = training_chunks(config, open_dataset(config.data.directory, "train"))
-        if not config.validation.every_steps:
-            return training, None
-        if VALIDATION not in splits(config.data.directory):
-            print(f"no validation: {config.data.directory} is too small to hold such a split", file=sys.stderr)
+        if not is_validated(config, splits(config.data.directory)):
             return training, None
         held_out = open_dataset(config.data.directory, VALIDATION)
         return training, _chunks(config, held_out, Crops, num_frames=config.data.num_frames, seed=VALIDATION_SEED)
