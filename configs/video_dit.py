@@ -14,7 +14,9 @@ The other variants are the five stages that CogVideoX-5B is trained in to films 
     python train.py --config=configs/video_dit.py:9s --workdir=runs/video-9s
 
 and so on with 18s, 30s and 63s. Sizes, learning rates, warm-ups and what is trained are those that Dalal et al. 2025
-published. No run of these five has been made here, so neither their speed nor what they learn is known.
+published. No run of these five has been made here, so neither their speed nor what they learn is known. They are set up
+for 64 GPUs of 80 GB; on N, `--config.optimizer.accumulate` is `64 / N` times as much. docs/video_dit.md tells what
+memory they take.
 """
 
 from typing import Any, NamedTuple
@@ -32,14 +34,15 @@ class Stage(NamedTuple):
     steps: int
     warmup_steps: int
     init_from: str
+    tensor: int  # GPUs that share a row
 
 
 STAGES = {
-    "3s": Stage(13, 1, 498, 5000, 100, "models/cogvideox"),
-    "9s": Stage(37, 3, 502, 5000, 100, "runs/video-3s"),
-    "18s": Stage(73, 6, 471, 1000, 50, "runs/video-9s"),
-    "30s": Stage(121, 10, 497, 1000, 50, "runs/video-18s"),
-    "63s": Stage(253, 21, 458, 250, 25, "runs/video-30s"),
+    "3s": Stage(13, 1, 498, 5000, 100, "models/cogvideox", 1),
+    "9s": Stage(37, 3, 502, 5000, 100, "runs/video-3s", 2),
+    "18s": Stage(73, 6, 471, 1000, 50, "runs/video-9s", 4),
+    "30s": Stage(121, 10, 497, 1000, 50, "runs/video-18s", 4),
+    "63s": Stage(253, 21, 458, 250, 25, "runs/video-30s", 8),
 }
 LEARNING_RATE, FIRST_TTT_LEARNING_RATE = 1e-5, 1e-4
 
@@ -79,6 +82,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
         "gating_alpha_init": 0.1,
         "remat": False,
         "remat_group": 1,
+        "remat_layers": False,
     }
     config.optimizer = {
         "learning_rate": 2e-3,
@@ -113,9 +117,8 @@ def _published(config: Any, variant: str) -> None:
     config.data.update({"directory": f"data/video-{variant}", "batch_size": 64, "height": 60, "width": 90})
     config.data.update({name: getattr(stage, name) for name in ("num_frames", "num_scenes", "text_length")})
     config.model.update({"model_dim": 3072, "num_heads": 48, "num_layers": 42, "text_dim": 4096, "patch_size": 2})
-    config.model.update(
-        {"in_channels": 16, "time_embed_dim": 512, "attn_length": 12, "ssm_layer": "ttt_mlp", "remat": True}
-    )
+    config.model.update({"in_channels": 16, "time_embed_dim": 512, "attn_length": 12, "ssm_layer": "ttt_mlp"})
+    config.model.update({"remat": True, "remat_layers": True})
     config.optimizer.update(
         {
             "learning_rate": LEARNING_RATE,
@@ -125,6 +128,7 @@ def _published(config: Any, variant: str) -> None:
             "final_learning_rate_fraction": 1.0,
             "clip_norm": 0.1,
             "train": "all" if is_first else "qkvo",  # "sft" and "qkvo", as they are published
+            "accumulate": stage.tensor,  # on 64 GPUs a row at a time
         }
     )
     factor = FIRST_TTT_LEARNING_RATE / LEARNING_RATE if is_first else 1.0
@@ -136,7 +140,7 @@ def _published(config: Any, variant: str) -> None:
     config.checkpoint.update({"every_steps": 250, "every_seconds": 3600.0})
     config.log.update({"every_steps": 1, "diagnostics_every_steps": 50})
     config.validation.update({"every_steps": 250, "num_batches": 1})
-    config.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
+    config.mesh.update({"data": 1, "fsdp": -1, "tensor": stage.tensor})
 
 
 def _group() -> dict:

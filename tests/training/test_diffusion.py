@@ -70,15 +70,24 @@ def on_one_device():
     return state, *jax.jit(functools.partial(train_step, config))(state, batch())
 
 
-@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 4, 1)], ids=["data", "fsdp"])
-def test_eight_devices_are_one(sizes):
-    config = make()
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        pytest.param((8, 1, 1), {}, marks=pytest.mark.slow),
+        ((2, 4, 1), {}),
+        ((2, 2, 2), {"remat": True, "remat_layers": True}),
+    ],
+    ids=["data", "fsdp", "tensor"],
+)
+def test_eight_devices_are_one(sizes, changes):
+    given = mapping()
+    config = from_mapping(ExperimentConfig, given | {"model": given["model"] | changes})
     mesh = sharding.make_mesh(MeshConfig(*sizes))
     with jax.set_mesh(mesh):
         functions = Functions(config, mesh)
         state, rows = functions.init(None), functions.put(batch())
         kernel = state.params["layers_0"]["mlp"]["layer1"]["kernel"]
-        assert kernel.addressable_shards[0].data.size == kernel.size // sizes[1]
+        assert kernel.addressable_shards[0].data.size == kernel.size // (sizes[1] * sizes[2])
         functions.compile(rows)
         state, metrics = functions.update(state, rows)
     start, end, expected = on_one_device()

@@ -7,6 +7,7 @@ of moving shapes. One named .npy gets the latents, float32 [videos, frames, chan
 them, that is without the dataset's `scale`. Exit codes: 0 done, 1 an error.
 """
 
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -62,6 +63,7 @@ def generate(
         ValueError: Texts or sizes that do not fit the model, or steps that do not fit the schedule.
     """
     schedule = diffusion.zero_snr_schedule()
+    config = dataclasses.replace(config, remat=False)  # whose loop needs a second copy of the parameters
     frames, height, width = shape
     without = np.broadcast_to(empty_text, text.shape)
     texts = jnp.asarray(np.concatenate([text, without]), jnp.float32)

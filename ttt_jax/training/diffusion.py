@@ -135,7 +135,8 @@ class Diffusion:
         return None
 
     def _model(self) -> VideoDiT:
-        return VideoDiT(self._config.model, sharding.gathering_view(self._config.model))
+        model = self._config.model
+        return VideoDiT(model, sharding.gathering_view(model), sharding.splitting_width(model.model_dim))
 
     def _noisy(self, batch: VideoBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Noisy video, its noise, and the timestep `[B]` int32."""

@@ -26,12 +26,15 @@ ROWS = PartitionSpec(("data", "fsdp"))
 SMALLEST_SHARDED = 1024
 """Parameters of fewer elements are not worth a collective of their own."""
 
-BY_COLUMN = ("in_proj", "linear_in", "text_linear", "linears", "wq", "wk", "wv", "wg", "step_size")
-BY_ROW = ("out_proj", "linear_out", "wo")
+BY_COLUMN = (
+    *("in_proj", "linear_in", "text_linear", "linears", "wq", "wk", "wv", "wg", "step_size"),
+    *("q", "k", "v", "layer1", "modulation"),
+)
+BY_ROW = ("out_proj", "linear_out", "wo", "o", "layer2")
 BY_HEAD = ("inner",)
 """Names of a parameter or of its module: `tensor` splits the last axis, the one before it, or the leading one."""
 
-WHOLE_HEADS = ("in_proj", "out_proj", "wq", "wk", "wv", "wg", "wo")
+WHOLE_HEADS = ("in_proj", "out_proj", "wq", "wk", "wv", "wg", "wo", "q", "k", "v", "o")
 """Those whose split axis is made of heads, which are not cut."""
 
 
@@ -197,6 +200,23 @@ def _scatter_gradient(spec, _, gradient):
 
 
 _gather.defvjp(_gather_forward, _scatter_gradient)
+
+
+def splitting_width(width: int) -> Callable[[Any], Any] | None:
+    """What a model in training does with `[B, ..., width]` activations between its layers; None: nothing.
+
+    They are split over `tensor` along their width, so that what a layer reads, and what the backward pass keeps of it,
+    is on no device whole.
+    """
+    size = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    if size == 1 or width % size:
+        return None
+
+    def split(x: jax.Array) -> jax.Array:
+        spec = PartitionSpec(*ROWS, *[None] * (x.ndim - 2), "tensor")
+        return jax.lax.with_sharding_constraint(x, spec)
+
+    return functools.partial(jax.tree.map, split)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:

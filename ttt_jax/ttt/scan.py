@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.scan import checkpointed_scan
 from ttt_jax.ttt import inner
 from ttt_jax.ttt.call import Call, commit_pending, fresh_state, select_rows
 from ttt_jax.ttt.types import TTTLosses, TTTState
@@ -112,26 +113,6 @@ def _inner_layer_norm(call: Call) -> inner.LayerNormParams:
     return inner.LayerNormParams(scale, bias, call.eps)
 
 
-def _checkpointed_scan(step, carry, xs, every: int):
-    """`lax.scan` whose backward pass keeps only every `every`-th carry and recomputes the rest."""
-    num_steps = jax.tree.leaves(xs)[0].shape[0]
-    if num_steps <= every:
-        return jax.lax.scan(step, carry, xs)
-    groups, rest = divmod(num_steps, every)
-
-    @jax.checkpoint
-    def scan(carry, xs):
-        return jax.lax.scan(step, carry, xs)
-
-    grouped = jax.tree.map(lambda x: x[: groups * every].reshape(groups, every, *x.shape[1:]), xs)
-    carry, ys = jax.lax.scan(scan, carry, grouped)
-    ys = jax.tree.map(lambda y: y.reshape(groups * every, *y.shape[2:]), ys)
-    if rest:
-        carry, tail = scan(carry, jax.tree.map(lambda x: x[groups * every :], xs))
-        ys = jax.tree.map(lambda y, t: jnp.concatenate([y, t]), ys, tail)
-    return carry, ys
-
-
 def _vary_together(tree, call: Call):
     """Under `shard_map` a scan's carry must vary over the mesh axes that its inputs vary over from the start."""
 
@@ -160,10 +141,10 @@ def _walk(call: Call, slots: _Slots, state: TTTState, outputs):
 
     carry = _vary_together((state.weights, state.gradient), call)
     if call.state is None or not call.causal:
-        return _checkpointed_scan(partial(step, has_pending=False), carry, slots, call.remat_every)
+        return checkpointed_scan(partial(step, has_pending=False), carry, slots, call.remat_every)
     carry, first = step(carry, jax.tree.map(lambda x: x[0], slots), has_pending=True)
     later = jax.tree.map(lambda x: x[1:], slots)
-    carry, rest = _checkpointed_scan(partial(step, has_pending=False), carry, later, call.remat_every)
+    carry, rest = checkpointed_scan(partial(step, has_pending=False), carry, later, call.remat_every)
     return carry, jax.tree.map(lambda f, r: jnp.concatenate([f[None], r]), first, rest)
 
 

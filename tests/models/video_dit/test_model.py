@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,20 +75,52 @@ def test_eight_devices_and_recomputed_blocks_are_one_device_and_kept_ones(params
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
 
-def test_blocks_are_recomputed_in_groups():
-    """Of three blocks in groups of two, the inputs of the first and the last are kept; parameters have their names."""
+@pytest.fixture(scope="module")
+def three_blocks(params):
+    """Parameters that differ from block to block, and what they give when nothing is recomputed."""
+    deep = params | {
+        f"layers_{i}": jax.tree.map(lambda x, i=i: x * (1 - 0.1 * i), params["layers_0"]) for i in range(3)
+    }
+    return deep, loss_and_gradients(dataclasses.replace(CONFIG, num_layers=3))(deep, *inputs(2))
 
-    def recomputed(group):
-        model = VideoDiT(dataclasses.replace(CONFIG, num_layers=3, remat=True, remat_group=group))
+
+@pytest.mark.parametrize(
+    ("group", "layers"),
+    [pytest.param(1, False, marks=pytest.mark.slow), pytest.param(2, False, marks=pytest.mark.slow), (2, True)],
+    ids=str,
+)
+def test_recomputed_blocks_are_the_kept_ones(three_blocks, group, layers):
+    deep, expected = three_blocks
+    config = dataclasses.replace(CONFIG, num_layers=3, remat=True, remat_group=group, remat_layers=layers)
+    got = loss_and_gradients(config)(deep, *inputs(2))
+    for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(
+            x, y, rtol=0, atol=2e-5 * max(1, np.abs(y).max()), err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def test_what_is_recomputed():
+    """Of three blocks in groups of two, the inputs of the first and the last are kept; in blocks, their layers'."""
+
+    def nested(jaxpr):
+        """The scans and recomputed regions that lead to TTT's scan over mini-batches, from the outside."""
+        for eqn in jaxpr.eqns:
+            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+                name = {"scan": f"scan {eqn.params.get('length')}", "remat2": "again"}.get(eqn.primitive.name)
+                yield from ([name, *path] if name else path for path in nested(inner))
+        yield []
+
+    def recomputed(**changes):
+        model = VideoDiT(dataclasses.replace(CONFIG, num_layers=3, remat=True, **changes))
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs(1)))
         jaxpr = jax.make_jaxpr(lambda variables: model.apply(variables, *inputs(1)))(shapes).jaxpr
-        regions = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "remat2"]
-        inner = [sum(e.primitive.name == "remat2" for e in eqn.params["jaxpr"].eqns) for eqn in regions]
-        return jax.tree.structure(shapes), inner
+        longest = max(len(path) for path in nested(jaxpr))
+        return jax.tree.structure(shapes), {tuple(path) for path in nested(jaxpr) if len(path) == longest}
 
-    alone, grouped = recomputed(1), recomputed(2)
-    assert alone[0] == grouped[0]
-    assert (alone[1], grouped[1]) == ([0, 0, 0], [2, 0])
+    names, alone = recomputed()
+    assert alone == {("scan 3", "again", "scan 5")}
+    assert recomputed(remat_layers=True) == (names, {("scan 3", "again", "again", "scan 5")})
+    assert recomputed(remat_group=2) == (names, {("scan 1", "again", "scan 2", "again", "scan 5")})
 
 
 def test_bfloat16_is_near_float32_and_parameters_stay_float32(params, on_one_device):

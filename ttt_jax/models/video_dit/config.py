@@ -44,9 +44,11 @@ class VideoDiTConfig:
         rope_theta: of the TTT layers' rotary embedding.
         gating_alpha_init: initial value of the gates around TTT, not 0 so that what lies behind them gets a gradient.
         dtype: of the computation; parameters, norms, softmax and the inner loop are float32 (float64 if this is).
-        remat: recompute each block in the backward pass.
+        remat: recompute each block in the backward pass; training compiles all blocks as one loop.
         remat_group: with `remat`, blocks of which only the first one's input is kept; the backward pass computes those
             of the others again.
+        remat_layers: recompute attention, each TTT pass and the MLP on their own, so that a block's backward pass
+            keeps what lies inside of one of them at a time.
     """
 
     model_dim: int = 3072
@@ -67,6 +69,7 @@ class VideoDiTConfig:
     dtype: str = "float32"
     remat: bool = False
     remat_group: int = 1
+    remat_layers: bool = False
 
     def __post_init__(self):
         names = ("model_dim", "num_heads", "num_layers", "text_dim", "time_embed_dim", "patch_size", "in_channels")
@@ -195,7 +198,7 @@ def _check_int(name: str, value: Any, lowest: int):
         raise ValueError(f"{name} must be an int >= {lowest}, got {value!r}")
 
 
-_OF_RUNS = ("dtype", "remat", "remat_group")
+_OF_RUNS = ("dtype", "remat", "remat_group", "remat_layers")
 
 
 def _field_types() -> dict[str, type]:

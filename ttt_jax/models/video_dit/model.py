@@ -4,7 +4,6 @@ Attention is local to a scene; TTT layers read all scenes in both directions.
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from ttt_jax.layers.ttt import TTTLayer
 from ttt_jax.layers.two_way import NormedAttention, Parts, gated_passes
 from ttt_jax.models.video_dit import scenes
 from ttt_jax.models.video_dit.config import VideoDiTConfig
+from ttt_jax.scan import checkpointed_scan
 
 MODULATION_INIT = nn.initializers.normal(0.02)
 MODULATED = ("video", "text")
@@ -28,6 +28,9 @@ MAX_PERIOD = 1e4
 
 View = Callable[[tuple[str, ...], Any], Any]
 """(names on the way to them, parameters) -> the same parameters as a layer is to see them."""
+
+Place = Callable[[Parts], Parts]
+"""Parts to the same, as they are to lie on a mesh of devices."""
 
 
 def _dense(config: VideoDiTConfig, features: int, name: str, **options: Any) -> nn.Dense:
@@ -107,6 +110,7 @@ class Block(nn.Module):
     """`x += gate * TTT(SA(adaLN(x))); x += gate * MLP(adaLN(x))`, TTT in two gated passes."""
 
     config: VideoDiTConfig
+    place: Place | None = None
 
     @nn.compact
     def __call__(self, parts: Parts, time: jax.Array) -> Parts:
@@ -115,13 +119,13 @@ class Block(nn.Module):
         seen, gates = AdaptiveNorm(c, name="pre_seq")(parts, time)
         parts = _add(parts, gates, self.mixed(seen))
         seen, gates = AdaptiveNorm(c, name="pre_mlp")(parts, time)
-        mlp = MLP(c, name="mlp")
-        return _add(parts, gates, {name: mlp(x) for name, x in seen.items()})
+        mlp = self.layer(MLP(c, name="mlp"), lambda mlp, parts: {name: mlp(x) for name, x in parts.items()})
+        return self.placed(_add(parts, gates, mlp(seen)))
 
     def mixed(self, parts: Parts) -> Parts:
         """What lets tokens see each other: attention inside scenes, then TTT over all of them."""
         c = self.config
-        learn = functools.partial(scenes.read_scenes, TTTLayer(c.ttt_config, dtype=jnp.dtype(c.dtype), name="ttt"))
+        learn = self.layer(TTTLayer(c.ttt_config, dtype=jnp.dtype(c.dtype), name="ttt"), scenes.read_scenes)
         return gated_passes(self, learn, self.attended(parts), scenes.reverse, c.gating_alpha_init)
 
     def attended(self, parts: Parts) -> Parts:
@@ -132,7 +136,21 @@ class Block(nn.Module):
         def attend(q: Parts, k: Parts, v: Parts) -> Parts:
             return scenes.attend_scenes(q, k, v, stride=c.attn_length, shared=c.prefix_temporal_length, rope=rope)
 
-        return NormedAttention(c.num_heads, jnp.dtype(c.dtype), name="self_attn")(parts, attend)
+        attention = NormedAttention(c.num_heads, jnp.dtype(c.dtype), name="self_attn")
+        return self.layer(attention, lambda attention, parts: attention(parts, attend))(parts)
+
+    def layer(self, module: nn.Module, read: Callable[[Any, Parts], Parts]) -> Callable[[Parts], Parts]:
+        """`read` of a module, placed before and after; with `remat_layers` the backward pass computes it again."""
+
+        def run(module: nn.Module, parts: Parts) -> Parts:
+            return self.placed(read(module, parts))
+
+        run = nn.remat(run) if self.config.remat_layers else run
+        return lambda parts: run(module, self.placed(parts))
+
+    def placed(self, parts: Parts) -> Parts:
+        """As they are to lie on a mesh."""
+        return parts if self.place is None else self.place(parts)
 
 
 def _add(parts: Parts, gates: Parts, branch: Parts) -> Parts:
@@ -146,10 +164,12 @@ class VideoDiT(nn.Module):
         config: what it is.
         view: applied to the parameters where they are used: to those of each block inside of what `config.remat`
             computes again, so that what it returns never lies in memory for all blocks. None when initializing.
+        place: applied to what a block's layers are given and return. None: it lies as the compiler decides.
     """
 
     config: VideoDiTConfig
     view: View | None = None
+    place: Place | None = None
 
     @nn.compact
     def __call__(self, video: jax.Array, text: jax.Array, timestep: jax.Array) -> jax.Array:
@@ -178,25 +198,38 @@ class VideoDiT(nn.Module):
             "text": self._dense(c.model_dim, "text_proj")(text.astype(dtype)),
             "video": self._dense(c.model_dim, "vid_proj")(_patches(video.astype(dtype), c.patch_size)),
         }
-        # Not scanned: layers stay one to one with a checkpoint's tensors.
-        for group in itertools.batched(range(c.num_layers), c.remat_group if c.remat else c.num_layers):
-            parts = self._blocks(group)(self, parts, time)
+        parts = self._scanned(parts, time) if self._is_scanned() else self._in_turn(parts, time)
         x = LayerNorm(name="transformer_norm")(parts["video"])
         seen, _ = self._viewed(AdaptiveNorm, "final_layer")(c, gated=False)({"video": x}, time)
         x = self._dense(c.in_channels * c.patch_size**2, "final_linear")(seen["video"])
         return _video(x.astype(at_least_float32(dtype)), c.patch_size)
 
-    def _blocks(self, group: tuple[int, ...]) -> Any:
-        """A function of the model, parts and the timestep's embedding: these blocks."""
+    def _is_scanned(self) -> bool:
+        return self.config.remat and not self.is_initializing() and not self.is_mutable_collection("diagnostics")
 
-        def run(model: "VideoDiT", parts: Parts, time: jax.Array) -> Parts:
-            for i in group:
-                parts = model._viewed(Block, f"layers_{i}", model.config.remat)(model.config)(parts, time)
-            return parts
+    def _in_turn(self, parts: Parts, time: jax.Array) -> Parts:
+        """The blocks one by one, each with parameters of its own, as in a checkpoint."""
+        for i in range(self.config.num_layers):
+            parts = self._viewed(Block, f"layers_{i}")(self.config, self.place)(parts, time)
+        return parts
 
-        return nn.remat(run) if self.config.remat and len(group) > 1 else run
+    def _scanned(self, parts: Parts, time: jax.Array) -> Parts:
+        """The same as one loop over their stacked parameters: it is compiled once, and recomputed block by block."""
+        c, block = self.config, Block(self.config, self.place, parent=None)
+        layers = [self.variables["params"][f"layers_{i}"] for i in range(c.num_layers)]
 
-    def _viewed(self, module: Any, name: str, recompute: bool = False) -> Any:
+        @jax.checkpoint
+        def run(parts: Parts, params: Any) -> tuple[Parts, None]:
+            params = params if self.view is None else self.view(("layers_0",), params)
+            read: Any = block.apply({"params": params}, parts, time)
+            return read, None
+
+        scan: Any = jax.lax.scan
+        if c.remat_group > 1:
+            scan = functools.partial(checkpointed_scan, every=c.remat_group)
+        return scan(run, parts, jax.tree.map(lambda *x: jnp.stack(x), *layers))[0]
+
+    def _viewed(self, module: Any, name: str) -> Any:
         """A layer of that name which sees its parameters through `view`."""
         view = self.view
         if view is not None:
@@ -205,7 +238,7 @@ class VideoDiT(nn.Module):
                 return {kind: view((name,), tree) for kind, tree in variables.items()}
 
             module = nn.map_variables(module, "params", see)
-        return functools.partial(nn.remat(module) if recompute else module, name=name)
+        return functools.partial(module, name=name)
 
     def _dense(self, features: int, name: str) -> nn.Dense:
         dtype = jnp.dtype(self.config.dtype)
