@@ -84,6 +84,16 @@ def test_how_a_parameter_is_split(config, name, shape, expected):
     assert sharding.parameter_spec(tuple(name.split("/")), shape, config.model, MESH) == expected
 
 
+def test_activations_are_split_along_their_width_where_tensor_divides_it():
+    assert sharding.splitting_width(32) is None
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2))):
+        assert sharding.splitting_width(33) is None
+        split: Any = sharding.splitting_width(32)
+        got = jax.jit(split)({"video": np.zeros((4, 3, 5, 32)), "text": np.zeros((4, 2, 32))})
+    for x in got.values():
+        assert x.addressable_shards[0].data.shape == (1, *x.shape[1:-1], 16)
+
+
 def test_heads_are_not_cut(config):
     mesh = {"data": 1, "fsdp": 1, "tensor": 4}
     spec = functools.partial(sharding.parameter_spec, model=config.model, mesh=mesh)

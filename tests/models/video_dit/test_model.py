@@ -123,6 +123,14 @@ def test_what_is_recomputed():
     assert recomputed(remat_group=2) == (names, {("scan 1", "again", "scan 2", "again", "scan 5")})
 
 
+def test_what_layers_read_and_return_is_placed(params):
+    """Attention, both TTT passes, the MLP, and the block."""
+    placed = []
+    model = VideoDiT(CONFIG, place=lambda parts: placed.append(set(parts)) or parts)
+    jax.eval_shape(lambda p: model.apply({"params": p}, *inputs(1)), params)
+    assert placed == 9 * [{"text", "video"}]
+
+
 def test_bfloat16_is_near_float32_and_parameters_stay_float32(params, on_one_device):
     narrow = VideoDiT(dataclasses.replace(CONFIG, dtype="bfloat16"))
     shapes = jax.eval_shape(lambda: narrow.init(jax.random.key(0), *inputs(1)))["params"]
