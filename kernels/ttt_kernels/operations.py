@@ -11,6 +11,7 @@ from ttt_kernels import interpreter, linear_backward, linear_forward, mlp_backwa
 from ttt_kernels.blocks import LinearBlocks, MLPBlocks
 from ttt_kernels.cluster import SLICES
 from ttt_kernels.hopper import TILE, D
+from ttt_kernels.partitioned import EACH, HEADS, SHARED, TOKENS, split
 
 MINI_BATCH_SIZES = (16, 64)
 HEAD_DIM = D
@@ -159,8 +160,19 @@ def _padded(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tiles(options: _Options, inputs: Arrays, weights: Arrays, ln: Arrays) -> tuple[jax.Array, Arrays]:
-    out, *at_end = options.model.forward(*inputs, *weights, *ln, keep=False, **_keywords(options))
+    out, *at_end = _forward(options, inputs, weights, ln, keep=False)
     return out, tuple(at_end)
+
+
+_OF_INPUTS = (*(TOKENS,) * 3, *(EACH,) * 2, SHARED)
+_OF_LN = (HEADS,) * 2
+
+
+def _forward(options: _Options, inputs: Arrays, weights: Arrays, ln: Arrays, *, keep: bool) -> Arrays:
+    kernel = functools.partial(options.model.forward, keep=keep, **_keywords(options))
+    of_weights = (EACH,) * len(weights)
+    of_results = (TOKENS, *of_weights, *(of_weights if keep else ()))
+    return split(kernel, (*inputs, *weights, *ln), (*_OF_INPUTS, *of_weights, *_OF_LN), of_results)
 
 
 def _keywords(options: _Options) -> dict[str, Any]:
@@ -168,7 +180,7 @@ def _keywords(options: _Options) -> dict[str, Any]:
 
 
 def _tiles_forward(options, inputs, weights, ln):
-    out, *rest = options.model.forward(*inputs, *weights, *ln, keep=True, **_keywords(options))
+    out, *rest = _forward(options, inputs, weights, ln, keep=True)
     at_end, checkpoints = rest[: len(weights)], rest[len(weights) :]
     return (out, tuple(at_end)), (inputs, tuple(checkpoints), ln)
 
@@ -176,7 +188,13 @@ def _tiles_forward(options, inputs, weights, ln):
 def _tiles_backward(options, kept, derivatives):
     inputs, checkpoints, ln = kept
     d_out, d_weights = derivatives
-    results = options.model.backward(*inputs, *checkpoints, *ln, d_out, *d_weights, **_keywords(options))
+    of_weights = (EACH,) * len(checkpoints)
+    results = split(
+        functools.partial(options.model.backward, **_keywords(options)),
+        (*inputs, *checkpoints, *ln, d_out, *d_weights),
+        (*_OF_INPUTS, *of_weights, *_OF_LN, TOKENS, *of_weights),
+        (*(TOKENS,) * 3, *(EACH,) * 3, *of_weights, *(EACH,) * 2),
+    )
     *d_inputs, d_scale = results[:6]
     d_scale = d_scale.reshape(-1, inputs[-1].shape[0]).sum(axis=0)
     return (*d_inputs, d_scale), tuple(results[6:-2]), tuple(x.sum(axis=0) for x in results[-2:])

@@ -3,6 +3,7 @@
 The compiler cannot cut a kernel itself; it is told which axes of the arrays are rows and heads, and gathers the others.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,38 +46,41 @@ def split(
     mesh = jax.sharding.get_abstract_mesh()
     if all(size == 1 or name in mesh.manual_axes for name, size in mesh.shape.items()):
         return tuple(kernel(*arguments))
-    results = jax.eval_shape(kernel, *arguments)
-    ranks = [x.ndim for x in (*arguments, *results)]
-    partitioned = custom_partitioning(lambda *arguments: tuple(kernel(*arguments)))
 
-    def partition(mesh, given, _):
+    def run(*arguments):
+        return tuple(kernel(*arguments))
+
+    def partition(mesh, given, results):
         spec = [*given[0].sharding.spec, *[None] * given[0].ndim]
-        placed = {"row": spec[of_arguments[0].row], "head": spec[of_arguments[0].head]}
-        shardings = [NamedSharding(mesh, _spec(axes, placed)) for axes in (*of_arguments, *of_results)]
-        at = len(of_arguments)
-        return mesh, lambda *arguments: tuple(kernel(*arguments)), tuple(shardings[at:]), tuple(shardings[:at])
+        row, head = (spec[axis] for axis in of_arguments[0] if axis is not None)
+        placed = [
+            tuple(NamedSharding(mesh, PartitionSpec(*_named(x.ndim, axes, row, head))) for x, axes in pairs)
+            for pairs in (zip(given, of_arguments, strict=True), zip(results, of_results, strict=True))
+        ]
+        return mesh, run, placed[1], placed[0]
 
-    rule, whole = _rule(ranks, (*of_arguments, *of_results), len(of_arguments))
+    ranks = [[x.ndim for x in xs] for xs in (arguments, jax.eval_shape(run, *arguments))]
+    rule, whole = _rule(ranks, (of_arguments, of_results))
+    partitioned = custom_partitioning(run)
     partitioned.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
     return partitioned(*arguments)
 
 
-def _spec(axes: Axes, placed: dict[str, Any]) -> PartitionSpec:
-    entries: list[Any] = [None] * (1 + max((axis for axis in axes if axis is not None), default=-1))
-    for name, axis in axes._asdict().items():
-        if axis is not None:
-            entries[axis] = placed[name]
-    return PartitionSpec(*entries)
+def _named(rank: int, axes: Axes, row: Any, head: Any) -> list[Any]:
+    """The axes of an array: `row`, `head`, and None for the others."""
+    return [row if axis == axes.row else head if axis == axes.head else None for axis in range(rank)]
 
 
-def _rule(ranks: Sequence[int], axes: Sequence[Axes], num_arguments: int) -> tuple[str, tuple[str, ...]]:
-    """A sharding rule, such as "row a1 head a3, head b1 -> row a1 head a3", and its factors that nobody may split."""
-    whole, terms = [], []
-    for i, (rank, (row, head)) in enumerate(zip(ranks, axes, strict=True)):
-        names = [f"x{i}y{axis}" for axis in range(rank)]
-        for axis, name in ((row, "row"), (head, "head")):
-            if axis is not None:
-                names[axis] = name
-        whole += [name for name in names if name not in ("row", "head")]
-        terms.append(" ".join(names))
-    return f"{', '.join(terms[:num_arguments])} -> {', '.join(terms[num_arguments:])}", tuple(whole)
+def _rule(ranks: Sequence[Sequence[int]], axes: Sequence[Sequence[Axes]]) -> tuple[str, tuple[str, ...]]:
+    """Of arguments and results: such as "row x0 head, head x1 -> row x2 head", and the names that nobody may split."""
+    numbers = itertools.count()
+    sides = [
+        [
+            [name or f"x{next(numbers)}" for name in _named(rank, of_array, "row", "head")]
+            for rank, of_array in zip(side, of_side, strict=True)
+        ]
+        for side, of_side in zip(ranks, axes, strict=True)
+    ]
+    names = {name for side in sides for terms in side for name in terms}
+    rule = " -> ".join(", ".join(" ".join(terms) for terms in side) for side in sides)
+    return rule, tuple(sorted(names - {"row", "head"}))
