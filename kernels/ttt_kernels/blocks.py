@@ -16,6 +16,7 @@ class LinearBlocks:
         columns: tokens of a mini-batch that the backward kernel has in registers at once.
         register_operands: left operands go from registers into the forward kernel's products, not through SMEM.
         fused_update: the update of the weights accumulates onto them inside of the forward kernel's product.
+        wide: x
     """
 
     stages: int = 2
@@ -23,10 +24,12 @@ class LinearBlocks:
     columns: int = 16
     register_operands: bool = True
     fused_update: bool = True
+    wide: bool = False
+    hidden_addresses: bool = False
 
     def for_interpreter(self) -> "LinearBlocks":
         """The same sizes without what the interpreter lacks."""
-        return dataclasses.replace(self, register_operands=False, fused_update=False)
+        return dataclasses.replace(self, register_operands=False, fused_update=False, hidden_addresses=False)
 
     @classmethod
     def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int) -> "LinearBlocks":

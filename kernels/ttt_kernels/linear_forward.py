@@ -10,7 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import LinearBlocks
-from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, D, load, over_columns, over_rows, product
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, load, over_columns, over_rows, product
+from ttt_kernels.tiles import MiniBatches
 
 
 def forward(
@@ -39,25 +40,35 @@ def forward(
     Returns:
         out `[B, T, H, 64]` bfloat16, wt and b at the end; where kept, both at each checkpoint: `[B, H, N, ...]`.
     """
-    batch_size, num_tokens, num_heads, _ = q.shape
+    batch_size, num_tokens, num_heads, dim = q.shape
     c = scale.shape[0]
+    n = min(c, blocks.columns) if blocks.wide else c
+    mini_batches = MiniBatches(c, n)
     num_tiles = num_tokens // TILE
     num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
     stages = min(blocks.stages, num_tiles)
     f32, bf16 = jnp.float32, jnp.bfloat16
     rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
     of_checkpoints = (
-        (shape((*rows, num_checkpoints, D, D), f32), shape((*rows, num_checkpoints, D), f32)) if keep else ()
+        (shape((*rows, num_checkpoints, dim, dim), f32), shape((*rows, num_checkpoints, dim), f32)) if keep else ()
     )
 
     def body(
         q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, wt_g, b_g, ln_scale_g, ln_bias_g,
         out_g, wt_end_g, b_end_g, *refs,
     ):  # fmt: skip
+        kept_g = refs[: len(of_checkpoints)]
         (
-            *kept_g, q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixing_s, k_step_s, out_s, ln_scale_s, ln_bias_s,
-            b_s, wt_s, wt_operand_s, g_operand_s, tile_barriers, start_barrier,
-        ) = refs  # fmt: skip
+            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixing_s, k_step_s, out_s, ln_scale_s, ln_bias_s,
+            b_s, *rest, tile_barriers, start_barrier,
+        ) = refs[len(kept_g) :]  # fmt: skip
+        staged_s, zero_s, of_operands = ((), *rest[:1], rest[1:]) if blocks.wide else (rest[:1], None, rest[1:])
+        zero = hopper.hidden_zero(zero_s, known=not blocks.hidden_addresses)
+
+        def operands():
+            at = zero()
+            return (ref.at[at] for ref in of_operands)
+
         row, head = lax.axis_index("row"), lax.axis_index("head")
 
         def fetch(i, slot):
@@ -71,15 +82,19 @@ def forward(
             fetch(slot, slot)
         hopper.fetch(
             start_barrier,
-            (wt_g.at[row, head], wt_s),
+            *((wt_g.at[row, head], wt_s) for wt_s in staged_s),
             (b_g.at[row, head], b_s),
             (scale_g, scale_s),
             (ln_scale_g.at[head], ln_scale_s),
             (ln_bias_g.at[head], ln_bias_s),
         )
-        gamma, beta = (over_columns(load(ref, ROWS), c) for ref in (ln_scale_s, ln_bias_s))
+        gamma, beta = (over_columns(load(ref, ROWS), n) for ref in (ln_scale_s, ln_bias_s))
 
         def save(weights, wt_target, b_target):
+            if not staged_s:
+                wt_target[...], b_target[...] = weights
+                return
+            (wt_s,) = staged_s
             wt_s[...], b_s[...] = weights
             hopper.save((wt_s, wt_target), (b_s, b_target))
 
@@ -102,24 +117,69 @@ def forward(
             steps = over_columns(load(lr_read_s.at[slot], ROWS), TILE) * over_rows(load(scale_s, COLUMNS))
             mixing = -(attention + 1.0) * steps
             mixing_s[...] = (jnp.where(reader >= source, mixing, 0.0) if causal else mixing).astype(bf16)
-            k_step = load(k_t).astype(f32) * over_columns(load(lr_update_s.at[slot], ROWS), D)
+            k_step = load(k_t).astype(f32) * over_columns(load(lr_update_s.at[slot], ROWS), dim)
             k_step_s[...] = (-k_step).astype(bf16)
             plgpu.commit_smem()
-            for m in range(TILE // c):
+            def inner_gradient(operand, b, at):
+                q_m, k_m, v_m = (ref.at[at].T for ref in (q_t, k_t, v_t))
+                target = load(v_m).astype(f32) - load(k_m).astype(f32)
+                return inner.inner_gradient(product((dim, n), (operand, k_m)) + over_columns(b, n), target, gamma, beta, eps).g
+
+            def new_bias(b, g, at):
+                return b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS), dim)).sum(axis=1)
+
+            def mini_batch(m, weights):
+                wt, b = weights
                 at = pl.ds(m * c, c)
                 q_m, k_m, v_m = (ref.at[at].T for ref in (q_t, k_t, v_t))
+                wt_operand_s, g_operand_s = operands()
                 operand = operand_of(wt, wt_operand_s, blocks)
                 bias = over_columns(b, c)
                 target = load(v_m).astype(f32) - load(k_m).astype(f32)
-                g = inner.inner_gradient(product((D, c), (operand, k_m)) + bias, target, gamma, beta, eps).g
+                g = inner.inner_gradient(product((dim, c), (operand, k_m)) + bias, target, gamma, beta, eps).g
                 g_operand = operand_of(g, g_operand_s, blocks)
-                z_q = product((D, c), (operand, q_m), (g_operand, mixing_s.at[at, at])) + bias
+                z_q = product((dim, c), (operand, q_m), (g_operand, mixing_s.at[at, at])) + bias
                 wt = _updated(wt, g_operand, k_step_s.at[at], blocks)
-                b = b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS))).sum(axis=1)
+                b = b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS), dim)).sum(axis=1)
                 out = load(q_m).astype(f32) + gamma * inner.normalize(z_q, eps)[0] + beta
                 if m == 0:
                     plgpu.wait_smem_to_gmem(0)  # of the tile before
                 out_s.at[at].T[...] = out.astype(bf16)
+                return wt, b
+
+            def mini_batch_in_blocks(m, weights):
+                wt, b = weights
+                tokens = mini_batches.tokens(m)
+                wt_operand_s, g_operand_s = operands()
+                wt_operand_s[...] = wt.astype(bf16)
+                plgpu.commit_smem()
+
+                def learn(i, new_b):
+                    at = mini_batches.block(m, i)
+                    g = inner_gradient(wt_operand_s, b, at)
+                    g_operand_s.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
+                    return new_bias(new_b, g, at)
+
+                new_b = mini_batches.over_blocks(learn, b)
+                plgpu.commit_smem()
+
+                def read(i, _):
+                    at = mini_batches.block(m, i)
+                    q_b = q_t.at[at].T
+                    z_q = product((dim, n), (wt_operand_s, q_b), (g_operand_s, mixing_s.at[tokens, at])) + over_columns(b, n)
+                    out = load(q_b).astype(f32) + gamma * inner.normalize(z_q, eps)[0] + beta
+                    out_s.at[at].T[...] = out.astype(bf16)
+
+                mini_batches.over_blocks(read, None)
+                return _updated(wt, g_operand_s, k_step_s.at[tokens], blocks), new_b
+
+            weights = wt, b
+            if not blocks.wide:
+                for m in range(mini_batches.per_tile):
+                    weights = mini_batch(m, weights)
+            else:
+                plgpu.wait_smem_to_gmem(0)
+                weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch_in_blocks, weights)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_s, out_g.at[row, pl.ds(i * TILE, TILE), head])
 
@@ -127,15 +187,16 @@ def forward(
             def _():
                 fetch(i + stages, slot)
 
-            return wt, b
+            return weights
 
-        weights = lax.fori_loop(0, num_tiles, tile, (load(wt_s), load(b_s, ROWS)))
+        weights = lax.fori_loop(0, num_tiles, tile, (load(*staged_s or (wt_g.at[row, head],)), load(b_s, ROWS)))
         plgpu.wait_smem_to_gmem(0)
         save(weights, wt_end_g.at[row, head], b_end_g.at[row, head])
 
-    tokens = plgpu.SMEM((stages, TILE, D), bf16, transforms=hopper.OVER_FEATURES)
+    tokens = plgpu.SMEM((stages, TILE, dim), bf16, transforms=hopper.OVER_FEATURES)
     steps = plgpu.SMEM((stages, TILE), f32)
-    vector = plgpu.SMEM((D,), f32)
+    vector = plgpu.SMEM((dim,), f32)
+    staged = hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32)
     return plgpu.kernel(
         body,
         out_type=(
@@ -149,13 +210,13 @@ def forward(
         scratch_types=[
             *(tokens, tokens, tokens, steps, steps),
             plgpu.SMEM((TILE,), f32),
-            *(plgpu.SMEM((TILE, size), bf16, transforms=hopper.over_tokens(c)) for size in (TILE, D)),
-            plgpu.SMEM((TILE, D), bf16, transforms=hopper.OVER_FEATURES),
-            *(vector, vector, vector, plgpu.SMEM((D, D), f32, transforms=hopper.FLOAT32)),
-            plgpu.SMEM((D, D), bf16, transforms=hopper.OVER_FEATURES),
-            plgpu.SMEM((D, c), bf16, transforms=hopper.over_tokens(c)),
+            *(plgpu.SMEM((TILE, size), bf16, transforms=hopper.over_tokens(n)) for size in (TILE, dim)),
+            plgpu.SMEM((TILE, dim), bf16, transforms=hopper.OVER_FEATURES),
+            *(vector, vector, vector, staged),
+            plgpu.SMEM((1, dim, dim), bf16, transforms=hopper.OVER_FEATURES),
+            plgpu.SMEM((1, dim, c), bf16, transforms=hopper.over_tokens(n)),
             plgpu.Barrier(num_arrivals=5, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=5),
+            plgpu.Barrier(num_arrivals=4 if blocks.wide else 5),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
@@ -174,5 +235,5 @@ def operand_of(value, ref, blocks: LinearBlocks):
 def _updated(wt, left, right, blocks: LinearBlocks) -> Any:
     """`wt` plus a product."""
     if not blocks.fused_update:
-        return wt + product((D, D), (left, right))
+        return wt + product(wt.shape, (left, right))
     return pl.run_state(lambda acc: plgpu.wgmma(acc, left, right))(plgpu.WGMMAAccumulatorRef.init(wt))
