@@ -139,7 +139,7 @@ def forward(
                 g = inner.inner_gradient(product((dim, c), (operand, k_m)) + bias, target, gamma, beta, eps).g
                 g_operand = operand_of(g, g_operand_s, blocks)
                 z_q = product((dim, c), (operand, q_m), (g_operand, mixing_s.at[at, at])) + bias
-                wt = _updated(wt, g_operand, k_step_s.at[at], blocks)
+                wt = updated(wt, g_operand, k_step_s.at[at], blocks)
                 b = b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS), dim)).sum(axis=1)
                 out = load(q_m).astype(f32) + gamma * inner.normalize(z_q, eps)[0] + beta
                 if m == 0:
@@ -171,7 +171,7 @@ def forward(
                     out_s.at[at].T[...] = out.astype(bf16)
 
                 mini_batches.over_blocks(read, None)
-                return _updated(wt, g_operand_s, k_step_s.at[tokens], blocks), new_b
+                return updated(wt, g_operand_s, k_step_s.at[tokens], blocks), new_b
 
             weights = wt, b
             if not blocks.wide:
@@ -232,7 +232,7 @@ def operand_of(value, ref, blocks: LinearBlocks):
     return ref
 
 
-def _updated(wt, left, right, blocks: LinearBlocks) -> Any:
+def updated(wt, left, right, blocks: LinearBlocks) -> Any:
     """`wt` plus a product."""
     if not blocks.fused_update:
         return wt + product(wt.shape, (left, right))
