@@ -25,6 +25,7 @@ class LinearBlocks:
     register_operands: bool = True
     fused_update: bool = True
     wide: bool = False
+    tight: bool = False
     hidden_addresses: bool = False
 
     def for_interpreter(self) -> "LinearBlocks":

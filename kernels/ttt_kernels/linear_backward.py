@@ -72,16 +72,21 @@ def backward(
         q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s, lr_read_s, lr_update_s, scale_s,
         d_lr_read_s, d_lr_update_s, d_scale_s, wt_s, extra_s, d_wt_s, *refs,
     ):  # fmt: skip
-        *of_mini_batch, start_barrier, recompute_barrier, tile_barrier = refs
-        of_tile = (q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s)
-        of_matrices = (*of_tile, wt_s, d_wt_s, *of_mini_batch)
+        *of_mini_batch, start_barrier, recompute_barrier, tile_barrier, block_barrier = refs if blocks.tight else (*refs, None)
+        in_smem = dict(q=q_s, k=k_s, g_tokens=g_tokens_s, q_over_tokens=q_over_tokens_s, k_over_tokens=k_over_tokens_s, wt=wt_s, d_wt=d_wt_s, v=v_s, d_out=d_out_s)
+        if blocks.tight:
+            in_smem |= dict(zip(("g", "d_zq", "d_zq_tokens", "mixing", "d_attention"), of_mini_batch, strict=True))
+            in_smem |= dict(d_zk=in_smem["g"], d_zk_tokens=q_s, g_step_tokens=g_tokens_s)
+        else:
+            in_smem |= dict(zip(_Matrices._fields[-8:], of_mini_batch, strict=True))
         row, head = lax.axis_index("row"), lax.axis_index("head")
 
         zero = hopper.hidden_zero(extra_s, known=not blocks.hidden_addresses)
 
         def matrices() -> _Matrices:
             at = zero()
-            return _Matrices(*(ref.at[at] for ref in of_matrices))
+            found = {name: ref.at[at] for name, ref in in_smem.items()}
+            return _Matrices(**found)
 
         d_wt_ref = d_wt_g.at[row, head] if blocks.wide else extra_s
         if blocks.wide:
@@ -92,21 +97,31 @@ def backward(
             hopper.fetch(start_barrier, (scale_g, scale_s), (d_wt_end_g.at[row, head], d_wt_ref))
         gamma, beta = (over_columns(load(ref.at[head], ROWS), n) for ref in (ln_scale_g, ln_bias_g))
 
-        def inner_gradient(b, at):
+        def fetched(t, source, target, at):
+            """Where `target` has tokens `at` of tile t: where it has room for a block only, they are copied now."""
+            if not blocks.tight:
+                return target.at[at]
+            plgpu.commit_smem()  # all have read the block before
+            hopper.fetch(block_barrier, (source.at[row, pl.ds(t * TILE + at.start, n), head], target))
+            return target
+
+        def inner_gradient(t, b, at):
             """Of the tokens `at`, under the weights in SMEM."""
             s = matrices()
+            v_b = fetched(t, v_g, s.v, at)
             k_b = s.k.at[at].T
             z = product((dim, n), (s.wt, k_b)) + over_columns(b, n)
-            target = load(s.v.at[at].T).astype(f32) - load(k_b).astype(f32)
+            target = load(v_b.T).astype(f32) - load(k_b).astype(f32)
             return inner.inner_gradient(z, target, gamma, beta, eps)
 
         def recompute(first, j, weights):
             """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
-            s, tokens = matrices(), pl.ds((first + j) * TILE, TILE)
+            t = first + j
+            s, tokens = matrices(), pl.ds(t * TILE, TILE)
             hopper.fetch(
                 recompute_barrier,
                 (k_g.at[row, tokens, head], s.k),
-                (v_g.at[row, tokens, head], s.v),
+                *(() if blocks.tight else ((v_g.at[row, tokens, head], s.v),)),
                 (lr_update_g.at[row, head, tokens], lr_update_s),
             )
             k_step = load(s.k).astype(f32) * over_columns(load(lr_update_s, ROWS), dim)
@@ -124,7 +139,7 @@ def backward(
                     s = matrices()
                     wt, b = weights
                     at = mini_batches.block(m, i)
-                    g = inner_gradient(b_at_start, at).g
+                    g = inner_gradient(t, b_at_start, at).g
                     s.g.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
                     plgpu.commit_smem()
                     if not blocks.wide:
@@ -140,7 +155,7 @@ def backward(
             plgpu.commit_smem()
             return weights
 
-        def mini_batch(m, j, d_b, d_gamma, d_beta, d_lr_read):
+        def mini_batch(m, t, j, d_b, d_gamma, d_beta, d_lr_read):
             kept, tokens = (row, head, j * mini_batches.per_tile + m), mini_batches.tokens(m)
             s = matrices()
             s.wt[...], b = load(weights_g.at[*kept]), load(biases_g.at[*kept], ROWS)
@@ -153,7 +168,7 @@ def backward(
                 """The forward pass again: the inner gradient of a block."""
                 s = matrices()
                 at = mini_batches.block(m, i)
-                keys = inner_gradient(b, at)
+                keys = inner_gradient(t, b, at)
                 s.g_tokens.at[at].T[...] = keys.g.astype(bf16)
                 s.g.at[:, mini_batches.block(0, i)][...] = keys.g.astype(bf16)
                 return keys
@@ -176,7 +191,7 @@ def backward(
                 s.mixing.at[:, block][...] = (attention * by_reader * step).astype(bf16)
                 plgpu.commit_smem()
                 z_q = product((dim, n), (s.wt, q_b), (s.g, s.mixing.at[tokens, block])) + over_columns(b, n)
-                d_out = load(s.d_out.at[at].T).astype(f32)
+                d_out = load(fetched(t, d_out_g, s.d_out, at).T).astype(f32)
                 normalized, rstd = inner.normalize(z_q, eps)
                 d_gamma = d_gamma + (d_out * normalized).sum(axis=1)
                 d_beta = d_beta + d_out.sum(axis=1)
@@ -199,7 +214,7 @@ def backward(
                 s = matrices()
                 next_d_b, d_gamma, d_beta = carry
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                keys = inner_gradient(b, at) if read is None else read
+                keys = inner_gradient(t, b, at) if read is None else read
                 g = keys.g
                 lr_update = over_rows(load(lr_update_s.at[at], COLUMNS), dim)
                 d_step = product((dim, n), (s.d_wt, s.k.at[at].T)) + over_columns(d_b, n)
@@ -214,7 +229,8 @@ def backward(
                 # Back to the tokens.
                 s = matrices()
                 d_q = product((dim, n), (s.wt.T, s.d_zq_tokens.at[block].T), (s.k_over_tokens.at[tokens].T, s.d_attention.at[tokens, block]))
-                s.d_out.at[at].T[...] = (load(s.d_out.at[at].T).astype(f32) + d_q).astype(bf16)
+                d_out_b = fetched(t, d_out_g, s.d_out, at)
+                d_out_b.T[...] = (load(d_out_b.T).astype(f32) + d_q).astype(bf16)
                 d_k = product(
                     (dim, n),
                     (s.q_over_tokens.at[tokens].T, s.d_attention.at[at].T),
@@ -222,7 +238,11 @@ def backward(
                     (s.wt.T, s.d_zk_tokens.at[block].T),
                 )
                 s.k.at[at].T[...] = (d_k - d.d_target).astype(bf16)
-                s.v.at[at].T[...] = d.d_target.astype(bf16)
+                v_b = s.v if blocks.tight else s.v.at[at]
+                v_b.T[...] = d.d_target.astype(bf16)
+                if blocks.tight:
+                    of_block = pl.ds(t * TILE + at.start, n)
+                    hopper.save((d_out_b, d_q_g.at[row, of_block, head]), (v_b, d_v_g.at[row, of_block, head]))
                 return next_d_b + d.d_z.sum(axis=1), d_gamma, d_beta
 
             d_b, d_gamma, d_beta = mini_batches.over_blocks(back_through_update, (next_d_b, d_gamma, d_beta))
@@ -240,15 +260,15 @@ def backward(
 
         def tile(first, j, carry):
             """Back over tile `first + j`."""
-            s, tokens = matrices(), pl.ds((first + j) * TILE, TILE)
+            t = first + j
+            s, tokens = matrices(), pl.ds(t * TILE, TILE)
             hopper.fetch(
                 tile_barrier,
                 (q_g.at[row, tokens, head], s.q),
                 (q_g.at[row, tokens, head], s.q_over_tokens),
                 (k_g.at[row, tokens, head], s.k),
                 (k_g.at[row, tokens, head], s.k_over_tokens),
-                (v_g.at[row, tokens, head], s.v),
-                (d_out_g.at[row, tokens, head], s.d_out),
+                *(() if blocks.tight else ((v_g.at[row, tokens, head], s.v), (d_out_g.at[row, tokens, head], s.d_out))),
                 (lr_read_g.at[row, head, tokens], lr_read_s),
                 (lr_update_g.at[row, head, tokens], lr_update_s),
             )
@@ -256,14 +276,13 @@ def backward(
             *carry, d_lr_read = lax.fori_loop(
                 0,
                 mini_batches.per_tile,
-                lambda i, carry: mini_batch(mini_batches.per_tile - 1 - i, j, *carry),
+                lambda i, carry: mini_batch(mini_batches.per_tile - 1 - i, first + j, j, *carry),
                 (*carry, d_lr_read),
             )
             d_lr_read_s[...] = d_lr_read
             hopper.save(
-                (s.d_out, d_q_g.at[row, tokens, head]),
                 (s.k, d_k_g.at[row, tokens, head]),
-                (s.v, d_v_g.at[row, tokens, head]),
+                *(() if blocks.tight else ((s.v, d_v_g.at[row, tokens, head]), (s.d_out, d_q_g.at[row, tokens, head]))),
                 (d_lr_read_s, d_lr_read_g.at[row, head, tokens]),
                 (d_lr_update_s, d_lr_update_g.at[row, head, tokens]),
                 (d_scale_s, d_scale_g.at[row, head, tokens]),
@@ -294,6 +313,7 @@ def backward(
     weights, operand = matrix(dim, dim, hopper.OVER_FEATURES), matrix(dim, c, summed)
     right_operand, pairs = matrix(c, dim, hopper.OVER_FEATURES), matrix(TILE, c, summed)
     steps = plgpu.SMEM((TILE,), f32)
+    blocked = matrix(n, dim, hopper.OVER_FEATURES) if blocks.tight else tokens
     kept = per_group * mini_batches.per_tile
     rows = (batch_size, num_heads)
     shape = jax.ShapeDtypeStruct
@@ -311,11 +331,14 @@ def backward(
         grid=rows,
         grid_names=("row", "head"),
         scratch_types=[
-            *(tokens, tokens, tokens, tokens, tokens, over_tokens, over_tokens), 
-            *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps), weights,
-            hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32), weights,
-            *(operand, operand, operand, right_operand, right_operand, right_operand, pairs, pairs),
-            *(plgpu.Barrier(num_arrivals=n) for n in (1 if blocks.wide else 2, 3, 8)),
+            *(tokens, tokens, blocked, blocked, tokens, over_tokens, over_tokens),
+            *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps),
+            weights,
+            hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32),
+            weights,
+            *((operand, operand, right_operand, pairs, pairs) if blocks.tight else 
+              (operand, operand, operand, right_operand, right_operand, right_operand, pairs, pairs)),
+            *(plgpu.Barrier(num_arrivals=n) for n in (1 if blocks.wide else 2, *((2, 6, 1) if blocks.tight else (3, 8)))),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,

@@ -93,7 +93,7 @@ def ttt_linear(
     shapes = {"w1": (w1, (dim, dim)), "b1": (b1, (dim,))}
     inputs, ln = (q, k, v, lr_read, lr_update, token_scale), (ln_scale, ln_bias)
     _check(*inputs, *ln, shapes, HEAD_DIMS["linear"])
-    blocks = LinearBlocks(wide=dim > D, hidden_addresses=dim > D) if blocks is None else blocks
+    blocks = LinearBlocks(wide=dim > D, hidden_addresses=dim > D, tight=dim > D and token_scale.shape[0] == 64) if blocks is None else blocks
     out, (wt, b1) = _padded(_LINEAR, inputs, (w1.swapaxes(-1, -2), b1), ln, causal, eps, blocks)
     return out, wt.swapaxes(-1, -2), b1
 
