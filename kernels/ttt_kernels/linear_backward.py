@@ -1,6 +1,6 @@
-"""TTT-Linear, D = 64: the backward kernel; one warpgroup walks back over one row and head.
+"""TTT-Linear: the backward kernel; one warpgroup walks back over one row and head.
 
-From each checkpoint it first walks forward, to have the weights at the start of each mini-batch in SMEM, then back.
+From each checkpoint it first walks forward, to have the weights at the start of each mini-batch, then back.
 A mini-batch is worked on in blocks of tokens, as many as registers hold.
 """
 
@@ -20,7 +20,7 @@ from ttt_kernels.tiles import MiniBatches
 
 
 class _Matrices(NamedTuple):
-    """What lies in SMEM in bfloat16, of a tile (the first seven) and of a mini-batch."""
+    """What lies in SMEM in bfloat16; `_tokens`: tokens are rows."""
 
     q: Any  # [TILE, D]
     k: Any
@@ -40,6 +40,13 @@ class _Matrices(NamedTuple):
     mixing: Any  # [TILE, C]
     d_attention: Any
 
+    @classmethod
+    def sharing(cls, *refs: Any) -> "_Matrices":
+        """Of fewer buffers, where a tile is a mini-batch: once all its tokens have read, three lie over others."""
+        *of_tile, g, d_zq, d_zq_tokens, mixing, d_attention = refs
+        q, g_tokens = of_tile[0], of_tile[4]
+        return cls(*of_tile, g, d_zq, g, d_zq_tokens, q, g_tokens, mixing, d_attention)
+
 
 def backward(
     q, k, v, lr_read, lr_update, scale, wt_kept, b_kept, ln_scale, ln_bias, d_out, d_wt, d_b,
@@ -47,13 +54,13 @@ def backward(
 ):  # fmt: skip
     """Derivatives by every argument of the forward kernel.
 
-    Args: those of `forward`, the checkpoints `wt_kept` `[B, H, N, 64, 64]` and `b_kept` `[B, H, N, 64]` in place of
-        the first weights, and the derivatives by its results: `d_out` `[B, T, H, 64]` bfloat16, `d_wt`
-        `[B, H, 64, 64]` and `d_b` `[B, H, 64]` float32.
+    Args: those of `forward`, the checkpoints `wt_kept` `[B, H, N, D, D]` and `b_kept` `[B, H, N, D]` in place of
+        the first weights, and the derivatives by its results: `d_out` `[B, T, H, D]` bfloat16, `d_wt`
+        `[B, H, D, D]` and `d_b` `[B, H, D]` float32.
 
     Returns:
-        d_q, d_k, d_v `[B, T, H, 64]` bfloat16; float32: d_lr_read and d_lr_update `[B, H, T]`, d_scale of each token
-        `[B, H, T]`, d_wt `[B, H, 64, 64]`, d_b `[B, H, 64]`, d_ln_scale and d_ln_bias of each row `[B, H, 64]`.
+        d_q, d_k, d_v `[B, T, H, D]` bfloat16; float32: d_lr_read and d_lr_update `[B, H, T]`, d_scale of each token
+        `[B, H, T]`, d_wt `[B, H, D, D]`, d_b `[B, H, D]`, d_ln_scale and d_ln_bias of each row `[B, H, D]`.
     """
     batch_size, num_tokens, num_heads, dim = q.shape
     c = scale.shape[0]
@@ -70,25 +77,20 @@ def backward(
         d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_wt_g, d_b_g, d_ln_scale_g, d_ln_bias_g,
         weights_g, biases_g,
         q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s, lr_read_s, lr_update_s, scale_s,
-        d_lr_read_s, d_lr_update_s, d_scale_s, wt_s, extra_s, d_wt_s, *refs,
+        d_lr_read_s, d_lr_update_s, d_scale_s, wt_s, d_wt_or_zero_s, d_wt_s, *refs,
     ):  # fmt: skip
-        *of_mini_batch, start_barrier, recompute_barrier, tile_barrier, block_barrier = refs if blocks.tight else (*refs, None)
-        in_smem = dict(q=q_s, k=k_s, g_tokens=g_tokens_s, q_over_tokens=q_over_tokens_s, k_over_tokens=k_over_tokens_s, wt=wt_s, d_wt=d_wt_s, v=v_s, d_out=d_out_s)
-        if blocks.tight:
-            in_smem |= dict(zip(("g", "d_zq", "d_zq_tokens", "mixing", "d_attention"), of_mini_batch, strict=True))
-            in_smem |= dict(d_zk=in_smem["g"], d_zk_tokens=q_s, g_step_tokens=g_tokens_s)
-        else:
-            in_smem |= dict(zip(_Matrices._fields[-8:], of_mini_batch, strict=True))
+        of_mini_batch, barriers = refs[: -len(arrivals)], refs[-len(arrivals) :]
+        start_barrier, recompute_barrier, tile_barrier, *block_barriers = barriers
+        of_tile = (q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s)
         row, head = lax.axis_index("row"), lax.axis_index("head")
-
-        zero = hopper.hidden_zero(extra_s, known=not blocks.hidden_addresses)
+        zero = hopper.hidden_zero(d_wt_or_zero_s, known=not blocks.hidden_addresses)
 
         def matrices() -> _Matrices:
             at = zero()
-            found = {name: ref.at[at] for name, ref in in_smem.items()}
-            return _Matrices(**found)
+            refs = (ref.at[at] for ref in (*of_tile, wt_s, d_wt_s, *of_mini_batch))
+            return _Matrices.sharing(*refs) if blocks.tight else _Matrices(*refs)
 
-        d_wt_ref = d_wt_g.at[row, head] if blocks.wide else extra_s
+        d_wt_ref = d_wt_g.at[row, head] if blocks.wide else d_wt_or_zero_s
         if blocks.wide:
             hopper.fetch(start_barrier, (scale_g, scale_s))
             d_wt_at_end = load(d_wt_end_g.at[row, head])
@@ -97,27 +99,30 @@ def backward(
             hopper.fetch(start_barrier, (scale_g, scale_s), (d_wt_end_g.at[row, head], d_wt_ref))
         gamma, beta = (over_columns(load(ref.at[head], ROWS), n) for ref in (ln_scale_g, ln_bias_g))
 
+        def of_block(t, at):
+            """Tokens `at` of tile t, in global memory."""
+            return row, pl.ds(t * TILE + at.start, n), head
+
         def fetched(t, source, target, at):
-            """Where `target` has tokens `at` of tile t: where it has room for a block only, they are copied now."""
+            """Tokens `at` of tile t in `target`; where that holds no tile but a block, they are copied now."""
             if not blocks.tight:
                 return target.at[at]
             plgpu.commit_smem()  # all have read the block before
-            hopper.fetch(block_barrier, (source.at[row, pl.ds(t * TILE + at.start, n), head], target))
+            hopper.fetch(*block_barriers, (source.at[*of_block(t, at)], target))
             return target
 
         def inner_gradient(t, b, at):
-            """Of the tokens `at`, under the weights in SMEM."""
+            """Of the tokens `at` of tile t, under the weights in SMEM."""
             s = matrices()
-            v_b = fetched(t, v_g, s.v, at)
-            k_b = s.k.at[at].T
+            k_b, v_b = s.k.at[at].T, fetched(t, v_g, s.v, at).T
             z = product((dim, n), (s.wt, k_b)) + over_columns(b, n)
-            target = load(v_b.T).astype(f32) - load(k_b).astype(f32)
+            target = load(v_b).astype(f32) - load(k_b).astype(f32)
             return inner.inner_gradient(z, target, gamma, beta, eps)
 
         def recompute(first, j, weights):
             """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
-            t = first + j
-            s, tokens = matrices(), pl.ds(t * TILE, TILE)
+            t, s = first + j, matrices()
+            tokens = pl.ds(t * TILE, TILE)
             hopper.fetch(
                 recompute_barrier,
                 (k_g.at[row, tokens, head], s.k),
@@ -147,7 +152,7 @@ def backward(
                     return wt, b - (g * over_rows(load(lr_update_s.at[at], COLUMNS), dim)).sum(axis=1)
 
                 wt, b = mini_batches.over_blocks(update, weights)
-                if blocks.wide:
+                if blocks.wide:  # registers hold no second matrix
                     wt = updated(wt, s.g, s.k_over_tokens.at[mini_batches.tokens(m)], blocks)
                 return wt, b
 
@@ -228,12 +233,15 @@ def backward(
                 plgpu.commit_smem()
                 # Back to the tokens.
                 s = matrices()
-                d_q = product((dim, n), (s.wt.T, s.d_zq_tokens.at[block].T), (s.k_over_tokens.at[tokens].T, s.d_attention.at[tokens, block]))
+                q_tokens, k_tokens = s.q_over_tokens.at[tokens], s.k_over_tokens.at[tokens]
+                d_q = product(
+                    (dim, n), (s.wt.T, s.d_zq_tokens.at[block].T), (k_tokens.T, s.d_attention.at[tokens, block])
+                )
                 d_out_b = fetched(t, d_out_g, s.d_out, at)
                 d_out_b.T[...] = (load(d_out_b.T).astype(f32) + d_q).astype(bf16)
                 d_k = product(
                     (dim, n),
-                    (s.q_over_tokens.at[tokens].T, s.d_attention.at[at].T),
+                    (q_tokens.T, s.d_attention.at[at].T),
                     (s.d_wt.T, s.g_step_tokens.at[block].T),
                     (s.wt.T, s.d_zk_tokens.at[block].T),
                 )
@@ -241,34 +249,35 @@ def backward(
                 v_b = s.v if blocks.tight else s.v.at[at]
                 v_b.T[...] = d.d_target.astype(bf16)
                 if blocks.tight:
-                    of_block = pl.ds(t * TILE + at.start, n)
-                    hopper.save((d_out_b, d_q_g.at[row, of_block, head]), (v_b, d_v_g.at[row, of_block, head]))
+                    hopper.save((d_out_b, d_q_g.at[*of_block(t, at)]), (v_b, d_v_g.at[*of_block(t, at)]))
                 return next_d_b + d.d_z.sum(axis=1), d_gamma, d_beta
 
             d_b, d_gamma, d_beta = mini_batches.over_blocks(back_through_update, (next_d_b, d_gamma, d_beta))
             s = matrices()
+            q_tokens, k_tokens = s.q_over_tokens.at[tokens], s.k_over_tokens.at[tokens]
             if blocks.wide:
-                plgpu.commit_smem()  # no warp reads s.d_wt any more
+                plgpu.commit_smem()  # all have read s.d_wt
             for start in range(0, dim, 64):
                 rows = pl.ds(start, 64)
-                d_wt = product((64, dim), (s.d_zq.at[rows], s.q_over_tokens.at[tokens]), (s.d_zk.at[rows], s.k_over_tokens.at[tokens]))
+                d_wt = product((64, dim), (s.d_zq.at[rows], q_tokens), (s.d_zk.at[rows], k_tokens))
                 d_wt = load(d_wt_ref.at[rows]) + d_wt
                 d_wt_ref.at[rows][...] = d_wt
-                if blocks.wide:
+                if blocks.wide:  # which is read from global memory once for each mini-batch
                     s.d_wt.at[rows][...] = d_wt.astype(bf16)
             return d_b, d_gamma, d_beta, d_lr_read
 
         def tile(first, j, carry):
             """Back over tile `first + j`."""
-            t = first + j
-            s, tokens = matrices(), pl.ds(t * TILE, TILE)
+            t, s = first + j, matrices()
+            tokens = pl.ds(t * TILE, TILE)
+            of_blocks = () if blocks.tight else ((v_g, d_v_g, s.v), (d_out_g, d_q_g, s.d_out))
             hopper.fetch(
                 tile_barrier,
                 (q_g.at[row, tokens, head], s.q),
                 (q_g.at[row, tokens, head], s.q_over_tokens),
                 (k_g.at[row, tokens, head], s.k),
                 (k_g.at[row, tokens, head], s.k_over_tokens),
-                *(() if blocks.tight else ((v_g.at[row, tokens, head], s.v), (d_out_g.at[row, tokens, head], s.d_out))),
+                *((source.at[row, tokens, head], ref) for source, _, ref in of_blocks),
                 (lr_read_g.at[row, head, tokens], lr_read_s),
                 (lr_update_g.at[row, head, tokens], lr_update_s),
             )
@@ -282,7 +291,7 @@ def backward(
             d_lr_read_s[...] = d_lr_read
             hopper.save(
                 (s.k, d_k_g.at[row, tokens, head]),
-                *(() if blocks.tight else ((s.v, d_v_g.at[row, tokens, head]), (s.d_out, d_q_g.at[row, tokens, head]))),
+                *((ref, result.at[row, tokens, head]) for _, result, ref in of_blocks),
                 (d_lr_read_s, d_lr_read_g.at[row, head, tokens]),
                 (d_lr_update_s, d_lr_update_g.at[row, head, tokens]),
                 (d_scale_s, d_scale_g.at[row, head, tokens]),
@@ -305,15 +314,16 @@ def backward(
         if not blocks.wide:
             hopper.save((d_wt_ref, d_wt_g.at[row, head]))
 
-    def matrix(rows: int, columns: int, transforms):
+    def matrix(rows: int, columns: int, transforms: Any = hopper.OVER_FEATURES) -> Any:
         return plgpu.SMEM((1, rows, columns), bf16, transforms=transforms)
 
     summed = hopper.over_tokens(n)
-    tokens, over_tokens = matrix(TILE, dim, hopper.OVER_FEATURES), matrix(TILE, dim, summed)
-    weights, operand = matrix(dim, dim, hopper.OVER_FEATURES), matrix(dim, c, summed)
-    right_operand, pairs = matrix(c, dim, hopper.OVER_FEATURES), matrix(TILE, c, summed)
+    tokens, over_tokens, weights = matrix(TILE, dim), matrix(TILE, dim, summed), matrix(dim, dim)
+    operand, right_operand, pairs = matrix(dim, c, summed), matrix(c, dim), matrix(TILE, c, summed)
+    v_or_d_out, shared = (matrix(n, dim), 1) if blocks.tight else (tokens, 0)
+    d_wt_or_zero = hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32)
+    arrivals = (1 if blocks.wide else 2, *((2, 6, 1) if blocks.tight else (3, 8)))
     steps = plgpu.SMEM((TILE,), f32)
-    blocked = matrix(n, dim, hopper.OVER_FEATURES) if blocks.tight else tokens
     kept = per_group * mini_batches.per_tile
     rows = (batch_size, num_heads)
     shape = jax.ShapeDtypeStruct
@@ -331,14 +341,13 @@ def backward(
         grid=rows,
         grid_names=("row", "head"),
         scratch_types=[
-            *(tokens, tokens, blocked, blocked, tokens, over_tokens, over_tokens),
+            *(tokens, tokens, v_or_d_out, v_or_d_out, tokens, over_tokens, over_tokens),
             *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps),
-            weights,
-            hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32),
-            weights,
-            *((operand, operand, right_operand, pairs, pairs) if blocks.tight else 
-              (operand, operand, operand, right_operand, right_operand, right_operand, pairs, pairs)),
-            *(plgpu.Barrier(num_arrivals=n) for n in (1 if blocks.wide else 2, *((2, 6, 1) if blocks.tight else (3, 8)))),
+            *(weights, d_wt_or_zero, weights),
+            *(operand,) * (3 - shared),
+            *(right_operand,) * (3 - 2 * shared),
+            *(pairs,) * 2,
+            *(plgpu.Barrier(num_arrivals=count) for count in arrivals),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,

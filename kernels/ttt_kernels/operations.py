@@ -93,7 +93,9 @@ def ttt_linear(
     shapes = {"w1": (w1, (dim, dim)), "b1": (b1, (dim,))}
     inputs, ln = (q, k, v, lr_read, lr_update, token_scale), (ln_scale, ln_bias)
     _check(*inputs, *ln, shapes, HEAD_DIMS["linear"])
-    blocks = LinearBlocks(wide=dim > D, hidden_addresses=dim > D, tight=dim > D and token_scale.shape[0] == 64) if blocks is None else blocks
+    if blocks is None:
+        c = token_scale.shape[0]
+        blocks = LinearBlocks.choose(c, 4 * TILE // c, dim)
     out, (wt, b1) = _padded(_LINEAR, inputs, (w1.swapaxes(-1, -2), b1), ln, causal, eps, blocks)
     return out, wt.swapaxes(-1, -2), b1
 
@@ -116,9 +118,10 @@ def ttt_mlp(
     eps: float = 1e-6,
     blocks: MLPBlocks | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """TTT-MLP, head dim 64: as `ttt_linear` with `f(x) = gelu_tanh(x w1 + b1) w2 + b2`, whose two layers each read and update so.
+    """TTT-MLP: as `ttt_linear` with `f(x) = gelu_tanh(x w1 + b1) w2 + b2`, whose two layers each read and update so.
 
     Args: those of `ttt_linear` but for
+        q: `[B, T, H, 64]`, as k and v.
         w1: `[B, H, 64, 256]` float32.
         b1: `[B, H, 256]` float32.
         w2: `[B, H, 256, 64]` float32.
