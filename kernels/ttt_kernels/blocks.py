@@ -20,8 +20,6 @@ class LinearBlocks:
             if wide also where the backward kernel walks forward.
         wide: for D = 128, where registers and SMEM hold no second float32 matrix. Weights move directly between
             registers and global memory, where the backward kernel also has their derivative; products read SMEM.
-        tight: for D = 128 and C = 64, for which SMEM is too small: the backward kernel copies v and d_out in blocks of
-            tokens, and some of its buffers lie over others.
         hidden_addresses: the compiler is kept from computing addresses long before they are needed.
     """
 
@@ -31,7 +29,6 @@ class LinearBlocks:
     register_operands: bool = True
     fused_update: bool = True
     wide: bool = False
-    tight: bool = False
     hidden_addresses: bool = False
 
     def for_interpreter(self) -> "LinearBlocks":
@@ -42,7 +39,7 @@ class LinearBlocks:
     def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int, head_dim: int = D) -> "LinearBlocks":
         """For a call: as many tiles between checkpoints as wanted."""
         tiles, wide = _tiles(mini_batches_per_checkpoint, mini_batch_size), head_dim > D
-        return cls(tiles_per_checkpoint=tiles, wide=wide, tight=wide and mini_batch_size == TILE, hidden_addresses=wide)
+        return cls(tiles_per_checkpoint=tiles, wide=wide, hidden_addresses=wide)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,6 +65,7 @@ def backward(
     batch_size, num_tokens, num_heads, dim = q.shape
     c = scale.shape[0]
     n = min(c, blocks.columns)
+    tight = blocks.wide and c == TILE  # SMEM holds v and d_out of a block of tokens, and some buffers lie over others
     mini_batches = MiniBatches(c, n)
     num_tiles = num_tokens // TILE
     per_group = min(blocks.tiles_per_checkpoint, num_tiles)
@@ -88,7 +89,7 @@ def backward(
         def matrices() -> _Matrices:
             at = zero()
             refs = (ref.at[at] for ref in (*of_tile, wt_s, d_wt_s, *of_mini_batch))
-            return _Matrices.sharing(*refs) if blocks.tight else _Matrices(*refs)
+            return _Matrices.sharing(*refs) if tight else _Matrices(*refs)
 
         d_wt_ref = d_wt_g.at[row, head] if blocks.wide else d_wt_or_zero_s
         if blocks.wide:
@@ -105,7 +106,7 @@ def backward(
 
         def fetched(t, source, target, at):
             """Tokens `at` of tile t in `target`; where that holds no tile but a block, they are copied now."""
-            if not blocks.tight:
+            if not tight:
                 return target.at[at]
             plgpu.commit_smem()  # all have read the block before
             hopper.fetch(*block_barriers, (source.at[*of_block(t, at)], target))
@@ -126,7 +127,7 @@ def backward(
             hopper.fetch(
                 recompute_barrier,
                 (k_g.at[row, tokens, head], s.k),
-                *(() if blocks.tight else ((v_g.at[row, tokens, head], s.v),)),
+                *(() if tight else ((v_g.at[row, tokens, head], s.v),)),
                 (lr_update_g.at[row, head, tokens], lr_update_s),
             )
             k_step = load(s.k).astype(f32) * over_columns(load(lr_update_s, ROWS), dim)
@@ -246,9 +247,9 @@ def backward(
                     (s.wt.T, s.d_zk_tokens.at[block].T),
                 )
                 s.k.at[at].T[...] = (d_k - d.d_target).astype(bf16)
-                v_b = s.v if blocks.tight else s.v.at[at]
+                v_b = s.v if tight else s.v.at[at]
                 v_b.T[...] = d.d_target.astype(bf16)
-                if blocks.tight:
+                if tight:
                     hopper.save((d_out_b, d_q_g.at[*of_block(t, at)]), (v_b, d_v_g.at[*of_block(t, at)]))
                 return next_d_b + d.d_z.sum(axis=1), d_gamma, d_beta
 
@@ -270,7 +271,7 @@ def backward(
             """Back over tile `first + j`."""
             t, s = first + j, matrices()
             tokens = pl.ds(t * TILE, TILE)
-            of_blocks = () if blocks.tight else ((v_g, d_v_g, s.v), (d_out_g, d_q_g, s.d_out))
+            of_blocks = () if tight else ((v_g, d_v_g, s.v), (d_out_g, d_q_g, s.d_out))
             hopper.fetch(
                 tile_barrier,
                 (q_g.at[row, tokens, head], s.q),
@@ -320,9 +321,9 @@ def backward(
     summed = hopper.over_tokens(n)
     tokens, over_tokens, weights = matrix(TILE, dim), matrix(TILE, dim, summed), matrix(dim, dim)
     operand, right_operand, pairs = matrix(dim, c, summed), matrix(c, dim), matrix(TILE, c, summed)
-    v_or_d_out, shared = (matrix(n, dim), 1) if blocks.tight else (tokens, 0)
+    v_or_d_out, shared = (matrix(n, dim), 1) if tight else (tokens, 0)
     d_wt_or_zero = hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32)
-    arrivals = (1 if blocks.wide else 2, *((2, 6, 1) if blocks.tight else (3, 8)))
+    arrivals = (1 if blocks.wide else 2, *((2, 6, 1) if tight else (3, 8)))
     steps = plgpu.SMEM((TILE,), f32)
     kept = per_group * mini_batches.per_tile
     rows = (batch_size, num_heads)
