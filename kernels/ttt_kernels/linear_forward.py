@@ -63,7 +63,7 @@ def forward(
     ):  # fmt: skip
         kept_g = refs[: len(of_checkpoints)]
         (
-            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixing_s, k_step_s, out_s, ln_scale_s, ln_bias_s,
+            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixings_s, k_steps_s, out_s, ln_scale_s, ln_bias_s,
             b_s, wt_or_zero_s, wt_operands_s, g_operands_s, tile_barriers, start_barrier,
         ) = refs[len(kept_g) :]  # fmt: skip
         zero = hopper.hidden_zero(wt_or_zero_s, known=not blocks.hidden_addresses)
@@ -106,6 +106,7 @@ def forward(
 
             plgpu.barrier_wait(tile_barriers.at[slot])
             q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
+            mixing_s, k_step_s = (mixings_s.at[zero()], k_steps_s.at[zero()]) if blocks.wide else (mixings_s, k_steps_s)
             # [source, reader]: minus the step that a reader takes along a source's gradient.
             attention = product((TILE, TILE), (k_t, q_t.T))
             source = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
@@ -205,7 +206,7 @@ def forward(
         scratch_types=[
             *(tokens, tokens, tokens, steps, steps),
             plgpu.SMEM((TILE,), f32),
-            *(plgpu.SMEM((TILE, size), bf16, transforms=hopper.over_tokens(n)) for size in (TILE, dim)),
+            *(plgpu.SMEM((*((1,) if blocks.wide else ()), TILE, size), bf16, transforms=hopper.over_tokens(n)) for size in (TILE, dim)),
             plgpu.SMEM((TILE, dim), bf16, transforms=hopper.OVER_FEATURES),
             *(vector, vector, vector, wt_or_zero),
             plgpu.SMEM((1, dim, dim), bf16, transforms=hopper.OVER_FEATURES),

@@ -61,8 +61,12 @@ def ttt_step(
         row, head = lax.axis_index("row"), lax.axis_index("head")
         lr, read_scale, update_scale = lr_g[row, head], read_scale_g[row], update_scale_g[row]
 
-        gamma, beta = (over_rows(load(ref.at[head], COLUMNS)) for ref in (ln_scale_g, ln_bias_g))
-        q_out, k_out, v_out = (over_rows(load(ref.at[row, head], COLUMNS)) for ref in (q_g, k_g, v_g))
+        def of_outputs():
+            """gamma, beta, q, k and v, the same for each row."""
+            refs = (ln_scale_g.at[head], ln_bias_g.at[head], *(ref.at[row, head] for ref in (q_g, k_g, v_g)))
+            return tuple(over_rows(load(ref, COLUMNS)) for ref in refs)
+
+        early = of_outputs() if dim == D else None  # at D = 128 they would take 160 registers
         # The same arrays: of two loads of one array in two layouts, the compiler would make one.
         inputs = [pl.ds(start, D) for start in range(0, dim, D)]
         q_in, k_in = ([over_columns(load(ref.at[row, head, at], ROWS), dim) for at in inputs] for ref in (q_in_g, k_in_g))
@@ -78,10 +82,12 @@ def ttt_step(
 
         def inner_gradient(z):
             """By column, as [64, D] and as a vector."""
+            gamma, beta, _, k_out, v_out = early or of_outputs()
             g = inner.inner_gradient(over_rows(z), v_out - k_out, gamma, beta, eps, axis=1).g
             return g, g.max(axis=0)
 
         def write(z):
+            gamma, beta, q_out, _, _ = early or of_outputs()
             normalized = inner.normalize(over_rows(z), eps, axis=1)[0]
             out_g.at[row, head][...] = (q_out + gamma * normalized + beta).max(axis=0)
 
