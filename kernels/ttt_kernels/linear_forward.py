@@ -106,7 +106,7 @@ def forward(
 
             plgpu.barrier_wait(tile_barriers.at[slot])
             q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
-            mixing_s, k_step_s = (mixings_s.at[zero()], k_steps_s.at[zero()]) if blocks.wide else (mixings_s, k_steps_s)
+            mixing_s, k_step_s = (ref.at[zero()] if blocks.wide else ref for ref in (mixings_s, k_steps_s))
             # [source, reader]: minus the step that a reader takes along a source's gradient.
             attention = product((TILE, TILE), (k_t, q_t.T))
             source = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
@@ -206,7 +206,10 @@ def forward(
         scratch_types=[
             *(tokens, tokens, tokens, steps, steps),
             plgpu.SMEM((TILE,), f32),
-            *(plgpu.SMEM((*((1,) if blocks.wide else ()), TILE, size), bf16, transforms=hopper.over_tokens(n)) for size in (TILE, dim)),
+            *(
+                plgpu.SMEM((*((1,) if blocks.wide else ()), TILE, size), bf16, transforms=hopper.over_tokens(n))
+                for size in (TILE, dim)
+            ),
             plgpu.SMEM((TILE, dim), bf16, transforms=hopper.OVER_FEATURES),
             *(vector, vector, vector, wt_or_zero),
             plgpu.SMEM((1, dim, dim), bf16, transforms=hopper.OVER_FEATURES),

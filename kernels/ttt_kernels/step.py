@@ -69,7 +69,9 @@ def ttt_step(
         early = of_outputs() if dim == D else None  # at D = 128 they would take 160 registers
         # The same arrays: of two loads of one array in two layouts, the compiler would make one.
         inputs = [pl.ds(start, D) for start in range(0, dim, D)]
-        q_in, k_in = ([over_columns(load(ref.at[row, head, at], ROWS), dim) for at in inputs] for ref in (q_in_g, k_in_g))
+        q_in, k_in = (
+            [over_columns(load(ref.at[row, head, at], ROWS), dim) for at in inputs] for ref in (q_in_g, k_in_g)
+        )
 
         def updated(i, gradient, *at):
             """Of weights i: G with the token's `gradient`, and what the token reads; both weights and G are written."""
