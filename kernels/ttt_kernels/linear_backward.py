@@ -43,9 +43,9 @@ class _Matrices(NamedTuple):
     @classmethod
     def sharing(cls, *refs: Any) -> "_Matrices":
         """Of fewer buffers, where a tile is a mini-batch: once all its tokens have read, three lie over others."""
-        *of_tile, g, d_zq, d_zq_tokens, mixing, d_attention = refs
-        q, g_tokens = of_tile[0], of_tile[4]
-        return cls(*of_tile, g, d_zq, g, d_zq_tokens, q, g_tokens, mixing, d_attention)
+        shared = {"d_zk": "g", "d_zk_tokens": "q", "g_step_tokens": "g_tokens"}
+        own: dict[str, Any] = dict(zip((name for name in cls._fields if name not in shared), refs, strict=True))
+        return cls(**own, **{name: own[other] for name, other in shared.items()})
 
 
 def backward(
