@@ -27,11 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_kernels import fla
-from ttt_kernels.operations import HEAD_DIM as D
-from ttt_kernels.operations import HIDDEN_UNITS as F
+from ttt_kernels.cluster import SLICES
+from ttt_kernels.hopper import D
 from ttt_kernels.operations import MINI_BATCH_SIZES
 
 HEADS = 32
+"""Of 64, or as many as are as wide."""
+
 IMPLEMENTATIONS = ("pallas", "scan")
 PASSES = ("forward", "forward_backward")
 FULL_SHAPE = (8, 8192)
@@ -49,13 +51,21 @@ class Variant:
     model: str  # "linear" or "mlp"
     mini_batch_size: int
     causal: bool
+    head_dim: int = D
+
+    @property
+    def heads(self) -> int:
+        """As many as are `HEADS` of 64 wide."""
+        return HEADS * D // self.head_dim
 
     def __str__(self) -> str:
-        return f"{self.model}, C = {self.mini_batch_size}, {'causal' if self.causal else 'full'}"
+        name = f"{self.model}, C = {self.mini_batch_size}, {'causal' if self.causal else 'full'}"
+        return name if self.head_dim == D else f"{name}, D = {self.head_dim}"
 
 
-VARIANTS = tuple(
-    Variant(model, c, causal) for model in ("linear", "mlp") for c in MINI_BATCH_SIZES for causal in (True, False)
+VARIANTS = (
+    *(Variant(model, c, causal) for model in ("linear", "mlp") for c in MINI_BATCH_SIZES for causal in (True, False)),
+    Variant("linear", 16, causal=True, head_dim=128),
 )
 PLOTTED = (Variant("linear", 16, causal=True), Variant("mlp", 16, causal=True))
 
@@ -90,17 +100,18 @@ def floor(variant: Variant, batch_size: int, num_tokens: int, rates: Rates, late
     mini-batch of one row and head while nothing else shares the device; thrice with the backward pass, which walks
     forward again and back.
     """
-    c, tokens = variant.mini_batch_size, batch_size * num_tokens * HEADS
+    c, d, tokens = variant.mini_batch_size, variant.head_dim, batch_size * num_tokens * variant.heads
+    f = SLICES * d
     # Products of each token, and of each pair of tokens in a mini-batch: forward, backward.
     if variant.model == "linear":
-        weights, of_weights, of_pairs = D * D + D, (3 * D * D, 6 * D * D), (2 * D, 4 * D)
+        weights, of_weights, of_pairs = d * d + d, (3 * d * d, 6 * d * d), (2 * d, 4 * d)
     else:
-        weights, of_weights, of_pairs = 2 * D * F + F + D, (7 * D * F, 14 * D * F), (2 * D + 2 * F, 4 * D + 4 * F)
+        weights, of_weights, of_pairs = 2 * d * f + f + d, (7 * d * f, 14 * d * f), (2 * d + 2 * f, 4 * d + 4 * f)
     checkpoint = 4 * weights / 256
-    num_bytes, flops = 4 * 2 * D + 2 * 4 + checkpoint, 2 * of_weights[0] + 2 * c * of_pairs[0]
+    num_bytes, flops = 4 * 2 * d + 2 * 4 + checkpoint, 2 * of_weights[0] + 2 * c * of_pairs[0]
     serial = num_tokens / c * latency
     if backward:
-        num_bytes += 7 * 2 * D + 5 * 4 + checkpoint
+        num_bytes += 7 * 2 * d + 5 * 4 + checkpoint
         flops += flops + 2 * of_weights[1] + 2 * c * of_pairs[1]
         serial *= 3
     floors = {
@@ -129,7 +140,7 @@ def median_seconds(function: Callable[..., Any], *arguments: Any) -> float:
     return statistics.median(seconds(in_a_row) for _ in range(CALLS))
 
 
-def make_arguments(model: str, batch_size: int, num_tokens: int, num_heads: int) -> tuple[Any, ...]:
+def make_arguments(model: str, batch_size: int, num_tokens: int, num_heads: int, dim: int = D) -> tuple[Any, ...]:
     """params, q, k, v, lr as a trained layer might have them."""
     from ttt_jax import TTTLinearParams, TTTMLPParams
 
@@ -138,16 +149,17 @@ def make_arguments(model: str, batch_size: int, num_tokens: int, num_heads: int)
     def normal(key, *shape: int, scale: float = 1.0):
         return scale * jax.random.normal(key, shape, jnp.float32)
 
-    ln = jnp.ones((num_heads, D)), jnp.zeros((num_heads, D))
+    hidden = SLICES * dim
+    ln = jnp.ones((num_heads, dim)), jnp.zeros((num_heads, dim))
     if model == "linear":
-        params = TTTLinearParams(normal(keys[0], num_heads, D, D, scale=0.1), jnp.zeros((num_heads, D)), *ln)
+        params = TTTLinearParams(normal(keys[0], num_heads, dim, dim, scale=0.1), jnp.zeros((num_heads, dim)), *ln)
     else:
-        w1, w2 = normal(keys[0], num_heads, D, F, scale=0.1), normal(keys[5], num_heads, F, D, scale=0.05)
-        params = TTTMLPParams(w1, jnp.zeros((num_heads, F)), w2, jnp.zeros((num_heads, D)), *ln)
+        w1, w2 = normal(keys[0], num_heads, dim, hidden, scale=0.1), normal(keys[5], num_heads, hidden, dim, scale=0.05)
+        params = TTTMLPParams(w1, jnp.zeros((num_heads, hidden)), w2, jnp.zeros((num_heads, dim)), *ln)
     shape = (batch_size, num_tokens, num_heads)
-    q, k = (normal(key, *shape, D, scale=D**-0.5).astype(jnp.bfloat16) for key in keys[1:3])
+    q, k = (normal(key, *shape, dim, scale=dim**-0.5).astype(jnp.bfloat16) for key in keys[1:3])
     lr = jax.random.uniform(keys[4], shape, jnp.float32, 0.0, 0.5)
-    return params, q, k, normal(keys[3], *shape, D).astype(jnp.bfloat16), lr
+    return params, q, k, normal(keys[3], *shape, dim).astype(jnp.bfloat16), lr
 
 
 def operation(implementation: str, variant: Variant, *, backward: bool) -> Callable[..., Any]:
@@ -177,7 +189,9 @@ class Shape:
 
     def compile(self, implementations: Sequence[str]) -> Callable[[], dict[str, Any]]:
         """Returns what measures: milliseconds of each implementation, forward and with the backward pass."""
-        arguments = functools.partial(make_arguments, self.variant.model, self.rows, self.tokens, HEADS)
+        arguments = functools.partial(
+            make_arguments, self.variant.model, self.rows, self.tokens, self.variant.heads, self.variant.head_dim
+        )
         compiled = {
             (name, part): operation(name, self.variant, backward=backward).lower(*jax.eval_shape(arguments)).compile()
             for name in implementations
@@ -190,14 +204,14 @@ class Shape:
                 name: {part: 1e3 * median_seconds(compiled[name, part], *given) for part in PASSES}
                 for name in implementations
             }
-            return {**dataclasses.asdict(self), "heads": HEADS, "ms": ms}
+            return {**dataclasses.asdict(self), "heads": self.variant.heads, "ms": ms}
 
         return measure
 
 
 def errors(variant: Variant, implementations: Sequence[str], num_tokens: int = ACCURACY_TOKENS) -> dict[str, Any]:
     """Relative to float64 on the same bfloat16 numbers, by norm: of the outputs, and of the final weights."""
-    arguments = make_arguments(variant.model, 1, num_tokens, 2)
+    arguments = make_arguments(variant.model, 1, num_tokens, 2, variant.head_dim)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), arguments)
         exact = operation("scan", variant, backward=False)(*wide)
@@ -225,7 +239,7 @@ def measure_rates() -> Rates:
 def compile_latency(variant: Variant) -> Callable[[], float]:
     """Returns what measures the seconds of the forward kernel for each mini-batch of one row and head."""
     num_tokens = FULL_SHAPE[1]
-    arguments = functools.partial(make_arguments, variant.model, 1, num_tokens, 1)
+    arguments = functools.partial(make_arguments, variant.model, 1, num_tokens, 1, variant.head_dim)
     compiled = operation("pallas", variant, backward=False).lower(*jax.eval_shape(arguments)).compile()
     return lambda: median_seconds(compiled, *arguments()) / (num_tokens / variant.mini_batch_size)
 

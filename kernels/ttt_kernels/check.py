@@ -40,40 +40,44 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     from ttt_kernels.cluster import SLICES
     from ttt_kernels.step import ttt_step
 
-    batch_size, num_tokens, num_heads, dim = 2, 1024, 4, 64
+    batch_size, num_tokens, num_heads = 2, 1024, 4
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size, num_heads, *shape), dtype)
 
-    tokens = jax.ShapeDtypeStruct((batch_size, num_tokens, num_heads, dim), jnp.bfloat16)
-    ln = (jax.ShapeDtypeStruct((num_heads, dim), jnp.float32),) * 2
-    matrix, hidden = (SLICES, dim, dim), SLICES * dim
+    def linear(dim: int):
+        return linear_forward.forward, linear_backward.backward, ((dim, dim), (dim,)), ((dim, dim), (dim,))
+
+    def mlp(dim: int):
+        matrix, hidden = (SLICES, dim, dim), SLICES * dim
+        of_kernels = (matrix, (SLICES, dim), matrix, (dim,))
+        return mlp_forward.forward, mlp_backward.backward, of_kernels, ((dim, hidden), (hidden,), (hidden, dim), (dim,))
+
     models = {
-        "linear": (linear_forward.forward, linear_backward.backward, LinearBlocks, ((dim, dim), (dim,))),
-        "mlp": (mlp_forward.forward, mlp_backward.backward, MLPBlocks, (matrix, (SLICES, dim), matrix, (dim,))),
+        ("linear", ""): (64, LinearBlocks.choose, *linear(64)),
+        ("linear", "_d128"): (128, functools.partial(LinearBlocks.choose, head_dim=128), *linear(128)),
+        ("mlp", ""): (64, MLPBlocks.choose, *mlp(64)),
     }
-    of_steps = {"linear": ((dim, dim), (dim,)), "mlp": ((dim, hidden), (hidden,), (hidden, dim), (dim,))}
     found = {}
-    for name, (forward, backward, block_sizes, weights) in models.items():
+    for (name, suffix), (dim, choose, forward, backward, weights, of_step) in models.items():
+        tokens = jax.ShapeDtypeStruct((batch_size, num_tokens, num_heads, dim), jnp.bfloat16)
+        ln = (jax.ShapeDtypeStruct((num_heads, dim), jnp.float32),) * 2
         for c, causal in ((16, True), (16, False), (64, True), (64, False)):
-            blocks = block_sizes.choose(c, mini_batches_per_checkpoint=num_tokens)  # the most SMEM
+            blocks = choose(c, mini_batches_per_checkpoint=num_tokens)  # the most SMEM
             options = {"causal": causal, "eps": 1e-6, "blocks": blocks, "interpret": False}
             scale = jax.ShapeDtypeStruct((c,), jnp.float32)
             inputs = (tokens, tokens, tokens, array(num_tokens), array(num_tokens), scale)
             at_end = tuple(array(*shape) for shape in weights)
             kept = tuple(array(-(-num_tokens // 64 // blocks.tiles_per_checkpoint), *shape) for shape in weights)
-            mask = "causal" if causal else "full"
-            found[f"{name}_forward_{mask}_c{c}"] = (
+            variant = f"{'causal' if causal else 'full'}_c{c}{suffix}"
+            found[f"{name}_forward_{variant}"] = (
                 functools.partial(forward, keep=True, **options),
                 (*inputs, *at_end, *ln),
             )
             arguments = (*inputs, *kept, *ln, tokens, *at_end)
-            found[f"{name}_backward_{mask}_c{c}"] = functools.partial(backward, **options), arguments
-        state, scale = (
-            tuple(array(*shape) for shape in of_steps[name]),
-            jax.ShapeDtypeStruct((batch_size,), jnp.float32),
-        )
-        found[f"{name}_step"] = ttt_step, (*(array(dim),) * 3, array(), scale, scale, state, state, *ln)
+            found[f"{name}_backward_{variant}"] = functools.partial(backward, **options), arguments
+        state, scale = tuple(array(*shape) for shape in of_step), jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+        found[f"{name}_step{suffix}"] = ttt_step, (*(array(dim),) * 3, array(), scale, scale, state, state, *ln)
     return found
 
 

@@ -1,8 +1,10 @@
-"""TTT-Linear, D = 64: the backward kernel; one warpgroup walks back over one row and head.
+"""TTT-Linear: the backward kernel; one warpgroup walks back over one row and head.
 
-From each checkpoint it first walks forward, to have the weights at the start of each mini-batch in SMEM, then back.
+From each checkpoint it first walks forward, to have the weights at the start of each mini-batch, then back.
 A mini-batch is worked on in blocks of tokens, as many as registers hold.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,38 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import LinearBlocks
-from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, load, over_columns, over_rows, product
+from ttt_kernels.linear_forward import updated
 from ttt_kernels.tiles import MiniBatches
+
+
+class _Matrices(NamedTuple):
+    """What lies in SMEM in bfloat16; `_tokens`: tokens are rows."""
+
+    q: Any  # [TILE, D]
+    k: Any
+    v: Any
+    d_out: Any
+    g_tokens: Any
+    q_over_tokens: Any  # as q, for products that sum over tokens
+    k_over_tokens: Any
+    wt: Any  # [D, D]
+    d_wt: Any
+    g: Any  # [D, C]
+    d_zq: Any
+    d_zk: Any
+    d_zq_tokens: Any  # [C, D]
+    d_zk_tokens: Any
+    g_step_tokens: Any
+    mixing: Any  # [TILE, C]
+    d_attention: Any
+
+    @classmethod
+    def sharing(cls, *refs: Any) -> "_Matrices":
+        """Of fewer buffers, where a tile is a mini-batch: once all its tokens have read, three lie over others."""
+        shared = {"d_zk": "g", "d_zk_tokens": "q", "g_step_tokens": "g_tokens"}
+        own: dict[str, Any] = dict(zip((name for name in cls._fields if name not in shared), refs, strict=True))
+        return cls(**own, **{name: own[other] for name, other in shared.items()})
 
 
 def backward(
@@ -22,17 +54,18 @@ def backward(
 ):  # fmt: skip
     """Derivatives by every argument of the forward kernel.
 
-    Args: those of `forward`, the checkpoints `wt_kept` `[B, H, N, 64, 64]` and `b_kept` `[B, H, N, 64]` in place of
-        the first weights, and the derivatives by its results: `d_out` `[B, T, H, 64]` bfloat16, `d_wt`
-        `[B, H, 64, 64]` and `d_b` `[B, H, 64]` float32.
+    Args: those of `forward`, the checkpoints `wt_kept` `[B, H, N, D, D]` and `b_kept` `[B, H, N, D]` in place of
+        the first weights, and the derivatives by its results: `d_out` `[B, T, H, D]` bfloat16, `d_wt`
+        `[B, H, D, D]` and `d_b` `[B, H, D]` float32.
 
     Returns:
-        d_q, d_k, d_v `[B, T, H, 64]` bfloat16; float32: d_lr_read and d_lr_update `[B, H, T]`, d_scale of each token
-        `[B, H, T]`, d_wt `[B, H, 64, 64]`, d_b `[B, H, 64]`, d_ln_scale and d_ln_bias of each row `[B, H, 64]`.
+        d_q, d_k, d_v `[B, T, H, D]` bfloat16; float32: d_lr_read and d_lr_update `[B, H, T]`, d_scale of each token
+        `[B, H, T]`, d_wt `[B, H, D, D]`, d_b `[B, H, D]`, d_ln_scale and d_ln_bias of each row `[B, H, D]`.
     """
-    batch_size, num_tokens, num_heads, _ = q.shape
+    batch_size, num_tokens, num_heads, dim = q.shape
     c = scale.shape[0]
     n = min(c, blocks.columns)
+    tight = blocks.wide and c == TILE  # SMEM holds v and d_out of a block of tokens, and some buffers lie over others
     mini_batches = MiniBatches(c, n)
     num_tiles = num_tokens // TILE
     per_group = min(blocks.tiles_per_checkpoint, num_tiles)
@@ -44,103 +77,139 @@ def backward(
         d_b_end_g,
         d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_wt_g, d_b_g, d_ln_scale_g, d_ln_bias_g,
         weights_g, biases_g,
-        q_s, k_s, v_s, d_out_s, g_s, q_tokens_s, k_tokens_s, lr_read_s, lr_update_s, scale_s, d_lr_read_s,
-        d_lr_update_s, d_scale_s, wt_s, d_wt_s, d_wt_operand_s,
-        g_operand_s, d_zq_operand_s, d_zk_operand_s, d_zq_s, d_zk_s, g_step_s, mixing_s, d_attention_s,
-        start_barrier, recompute_barrier, tile_barrier,
+        q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s, lr_read_s, lr_update_s, scale_s,
+        d_lr_read_s, d_lr_update_s, d_scale_s, wt_s, d_wt_or_zero_s, d_wt_s, *refs,
     ):  # fmt: skip
+        of_mini_batch, barriers = refs[: -len(arrivals)], refs[-len(arrivals) :]
+        start_barrier, recompute_barrier, tile_barrier, *block_barriers = barriers
+        of_tile = (q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s)
         row, head = lax.axis_index("row"), lax.axis_index("head")
+        zero = hopper.hidden_zero(d_wt_or_zero_s, known=not blocks.hidden_addresses)
 
-        hopper.fetch(start_barrier, (scale_g, scale_s), (d_wt_end_g.at[row, head], d_wt_s))
+        def matrices() -> _Matrices:
+            at = zero()
+            refs = (ref.at[at] for ref in (*of_tile, wt_s, d_wt_s, *of_mini_batch))
+            return _Matrices.sharing(*refs) if tight else _Matrices(*refs)
+
+        d_wt_ref = d_wt_g.at[row, head] if blocks.wide else d_wt_or_zero_s
+        if blocks.wide:
+            hopper.fetch(start_barrier, (scale_g, scale_s))
+            d_wt_at_end = load(d_wt_end_g.at[row, head])
+            d_wt_ref[...], matrices().d_wt[...] = d_wt_at_end, d_wt_at_end.astype(bf16)
+        else:
+            hopper.fetch(start_barrier, (scale_g, scale_s), (d_wt_end_g.at[row, head], d_wt_ref))
         gamma, beta = (over_columns(load(ref.at[head], ROWS), n) for ref in (ln_scale_g, ln_bias_g))
 
-        def inner_gradient(b, at):
-            """Of the tokens `at`, under the weights in SMEM."""
-            k_b = k_s.at[at].T
-            z = product((D, n), (wt_s, k_b)) + over_columns(b, n)
-            target = load(v_s.at[at].T).astype(f32) - load(k_b).astype(f32)
+        def of_block(t, at):
+            """Tokens `at` of tile t, in global memory."""
+            return row, pl.ds(t * TILE + at.start, n), head
+
+        def fetched(t, source, target, at):
+            """Tokens `at` of tile t in `target`; where that holds no tile but a block, they are copied now."""
+            if not tight:
+                return target.at[at]
+            plgpu.commit_smem()  # all have read the block before
+            hopper.fetch(*block_barriers, (source.at[*of_block(t, at)], target))
+            return target
+
+        def inner_gradient(t, b, at):
+            """Of the tokens `at` of tile t, under the weights in SMEM."""
+            s = matrices()
+            k_b, v_b = s.k.at[at].T, fetched(t, v_g, s.v, at).T
+            z = product((dim, n), (s.wt, k_b)) + over_columns(b, n)
+            target = load(v_b).astype(f32) - load(k_b).astype(f32)
             return inner.inner_gradient(z, target, gamma, beta, eps)
 
         def recompute(first, j, weights):
             """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
-            tokens = pl.ds((first + j) * TILE, TILE)
+            t, s = first + j, matrices()
+            tokens = pl.ds(t * TILE, TILE)
             hopper.fetch(
                 recompute_barrier,
-                (k_g.at[row, tokens, head], k_s),
-                (v_g.at[row, tokens, head], v_s),
+                (k_g.at[row, tokens, head], s.k),
+                *(() if tight else ((v_g.at[row, tokens, head], s.v),)),
                 (lr_update_g.at[row, head, tokens], lr_update_s),
             )
-            k_step = load(k_s).astype(f32) * over_columns(load(lr_update_s, ROWS), D)
-            k_tokens_s[...] = (-k_step).astype(bf16)
+            k_step = load(s.k).astype(f32) * over_columns(load(lr_update_s, ROWS), dim)
+            s.k_over_tokens[...] = (-k_step).astype(bf16)
 
             def mini_batch(m, weights):
                 kept = (row, head, j * mini_batches.per_tile + m)
+                s = matrices()
                 operand, b_at_start = weights[0].astype(bf16), weights[1]
                 weights_g.at[*kept][...], biases_g.at[*kept][...] = operand, b_at_start
-                wt_s[...] = operand
+                s.wt[...] = operand
                 plgpu.commit_smem()
 
                 def update(i, weights):
+                    s = matrices()
                     wt, b = weights
                     at = mini_batches.block(m, i)
-                    g = inner_gradient(b_at_start, at).g
-                    g_operand_s.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
+                    g = inner_gradient(t, b_at_start, at).g
+                    s.g.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
                     plgpu.commit_smem()
-                    wt = wt + product((D, D), (g_operand_s.at[:, mini_batches.block(0, i)], k_tokens_s.at[at]))
-                    return wt, b - (g * over_rows(load(lr_update_s.at[at], COLUMNS))).sum(axis=1)
+                    if not blocks.wide:
+                        wt = wt + product(wt.shape, (s.g.at[:, mini_batches.block(0, i)], s.k_over_tokens.at[at]))
+                    return wt, b - (g * over_rows(load(lr_update_s.at[at], COLUMNS), dim)).sum(axis=1)
 
-                return mini_batches.over_blocks(update, weights)
+                wt, b = mini_batches.over_blocks(update, weights)
+                if blocks.wide:  # registers hold no second matrix
+                    wt = updated(wt, s.g, s.k_over_tokens.at[mini_batches.tokens(m)], blocks)
+                return wt, b
 
             weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch, weights)
             plgpu.commit_smem()
             return weights
 
-        def mini_batch(m, j, d_b, d_gamma, d_beta, d_lr_read):
+        def mini_batch(m, t, j, d_b, d_gamma, d_beta, d_lr_read):
             kept, tokens = (row, head, j * mini_batches.per_tile + m), mini_batches.tokens(m)
-            q_tokens, k_tokens = q_tokens_s.at[tokens], k_tokens_s.at[tokens]
-            wt_s[...], b = load(weights_g.at[*kept]), load(biases_g.at[*kept], ROWS)
-            d_wt_operand_s[...] = load(d_wt_s).astype(bf16)
+            s = matrices()
+            s.wt[...], b = load(weights_g.at[*kept]), load(biases_g.at[*kept], ROWS)
+            if not blocks.wide:
+                s.d_wt[...] = load(d_wt_ref).astype(bf16)
             plgpu.commit_smem()
             step = -over_columns(load(lr_read_s, ROWS), n)
 
             def read_keys(i):
                 """The forward pass again: the inner gradient of a block."""
+                s = matrices()
                 at = mini_batches.block(m, i)
-                keys = inner_gradient(b, at)
-                g_s.at[at].T[...] = keys.g.astype(bf16)
-                g_operand_s.at[:, mini_batches.block(0, i)][...] = keys.g.astype(bf16)
+                keys = inner_gradient(t, b, at)
+                s.g_tokens.at[at].T[...] = keys.g.astype(bf16)
+                s.g.at[:, mini_batches.block(0, i)][...] = keys.g.astype(bf16)
                 return keys
 
+            read = None
             if mini_batches.num_blocks == 1:
                 read = read_keys(0)
             else:
-                read = None
-                lax.fori_loop(0, mini_batches.num_blocks, lambda i, _: read_keys(i) and None, None)
+                mini_batches.over_blocks(lambda i, _: read_keys(i) and None, None)
             plgpu.commit_smem()
 
             def back_through_reading(i, carry):
+                s = matrices()
                 d_b, d_gamma, d_beta, d_lr_read = carry
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                q_b = q_s.at[at].T
+                q_b = s.q.at[at].T
                 is_seen = mini_batches.is_seen(m, i, causal=causal)
-                attention = jnp.where(is_seen, product((TILE, n), (k_s, q_b)) + 1.0, 0.0)
+                attention = jnp.where(is_seen, product((TILE, n), (s.k, q_b)) + 1.0, 0.0)
                 by_reader = over_rows(load(scale_s.at[block], COLUMNS))
-                mixing_s.at[:, block][...] = (attention * by_reader * step).astype(bf16)
+                s.mixing.at[:, block][...] = (attention * by_reader * step).astype(bf16)
                 plgpu.commit_smem()
-                z_q = product((D, n), (wt_s, q_b), (g_operand_s, mixing_s.at[tokens, block])) + over_columns(b, n)
-                d_out = load(d_out_s.at[at].T).astype(f32)
+                z_q = product((dim, n), (s.wt, q_b), (s.g, s.mixing.at[tokens, block])) + over_columns(b, n)
+                d_out = load(fetched(t, d_out_g, s.d_out, at).T).astype(f32)
                 normalized, rstd = inner.normalize(z_q, eps)
                 d_gamma = d_gamma + (d_out * normalized).sum(axis=1)
                 d_beta = d_beta + d_out.sum(axis=1)
                 d_zq = rstd * inner.without_projections(d_out * gamma, normalized)
-                d_zq_s.at[block].T[...] = d_zq.astype(bf16)
-                d_zq_operand_s.at[:, block][...] = d_zq.astype(bf16)
+                s.d_zq_tokens.at[block].T[...] = d_zq.astype(bf16)
+                s.d_zq.at[:, block][...] = d_zq.astype(bf16)
                 plgpu.commit_smem()
-                d_mixing = jnp.where(is_seen, product((TILE, n), (g_s, d_zq_s.at[block].T)), 0.0)
+                d_mixing = jnp.where(is_seen, product((TILE, n), (s.g_tokens, s.d_zq_tokens.at[block].T)), 0.0)
                 d_steps = d_mixing * attention
                 d_lr_read = d_lr_read - (d_steps * by_reader).sum(axis=1)
                 d_scale_s.at[at][...] = (d_steps * step).sum(axis=0)
-                d_attention_s.at[:, block][...] = (d_mixing * by_reader * step).astype(bf16)
+                s.d_attention.at[:, block][...] = (d_mixing * by_reader * step).astype(bf16)
                 return d_b + d_zq.sum(axis=1), d_gamma, d_beta, d_lr_read
 
             next_d_b, d_gamma, d_beta, d_lr_read = mini_batches.over_blocks(
@@ -148,64 +217,82 @@ def backward(
             )
 
             def back_through_update(i, carry):
+                s = matrices()
                 next_d_b, d_gamma, d_beta = carry
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                keys = inner_gradient(b, at) if read is None else read
+                keys = inner_gradient(t, b, at) if read is None else read
                 g = keys.g
-                lr_update = over_rows(load(lr_update_s.at[at], COLUMNS))
-                d_step = product((D, n), (d_wt_operand_s, k_s.at[at].T)) + over_columns(d_b, n)
+                lr_update = over_rows(load(lr_update_s.at[at], COLUMNS), dim)
+                d_step = product((dim, n), (s.d_wt, s.k.at[at].T)) + over_columns(d_b, n)
                 d_lr_update_s.at[at][...] = -(g * d_step).sum(axis=0)
-                g_step_s.at[block].T[...] = (-(g * lr_update)).astype(bf16)
-                d_g = product((D, n), (d_zq_operand_s, mixing_s.at[at].T)) - d_step * lr_update
+                s.g_step_tokens.at[block].T[...] = (-(g * lr_update)).astype(bf16)
+                d_g = product((dim, n), (s.d_zq, s.mixing.at[at].T)) - d_step * lr_update
                 d = inner.back_through_inner_gradient(d_g, keys, gamma)
                 d_gamma, d_beta = d_gamma + d.d_gamma.sum(axis=1), d_beta + d.d_beta.sum(axis=1)
-                d_zk_s.at[block].T[...] = d.d_z.astype(bf16)
-                d_zk_operand_s.at[:, block][...] = d.d_z.astype(bf16)
+                s.d_zk_tokens.at[block].T[...] = d.d_z.astype(bf16)
+                s.d_zk.at[:, block][...] = d.d_z.astype(bf16)
                 plgpu.commit_smem()
                 # Back to the tokens.
-                d_q = product((D, n), (wt_s.T, d_zq_s.at[block].T), (k_tokens.T, d_attention_s.at[tokens, block]))
-                d_out_s.at[at].T[...] = (load(d_out_s.at[at].T).astype(f32) + d_q).astype(bf16)
-                d_k = product(
-                    (D, n),
-                    (q_tokens.T, d_attention_s.at[at].T),
-                    (d_wt_operand_s.T, g_step_s.at[block].T),
-                    (wt_s.T, d_zk_s.at[block].T),
+                s = matrices()
+                q_tokens, k_tokens = s.q_over_tokens.at[tokens], s.k_over_tokens.at[tokens]
+                d_q = product(
+                    (dim, n), (s.wt.T, s.d_zq_tokens.at[block].T), (k_tokens.T, s.d_attention.at[tokens, block])
                 )
-                k_s.at[at].T[...] = (d_k - d.d_target).astype(bf16)
-                v_s.at[at].T[...] = d.d_target.astype(bf16)
+                d_out_b = fetched(t, d_out_g, s.d_out, at)
+                d_out_b.T[...] = (load(d_out_b.T).astype(f32) + d_q).astype(bf16)
+                d_k = product(
+                    (dim, n),
+                    (q_tokens.T, s.d_attention.at[at].T),
+                    (s.d_wt.T, s.g_step_tokens.at[block].T),
+                    (s.wt.T, s.d_zk_tokens.at[block].T),
+                )
+                s.k.at[at].T[...] = (d_k - d.d_target).astype(bf16)
+                v_b = s.v if tight else s.v.at[at]
+                v_b.T[...] = d.d_target.astype(bf16)
+                if tight:
+                    hopper.save((d_out_b, d_q_g.at[*of_block(t, at)]), (v_b, d_v_g.at[*of_block(t, at)]))
                 return next_d_b + d.d_z.sum(axis=1), d_gamma, d_beta
 
             d_b, d_gamma, d_beta = mini_batches.over_blocks(back_through_update, (next_d_b, d_gamma, d_beta))
-            d_wt = product((D, D), (d_zq_operand_s, q_tokens), (d_zk_operand_s, k_tokens))
-            d_wt_s[...] = load(d_wt_s) + d_wt
+            s = matrices()
+            q_tokens, k_tokens = s.q_over_tokens.at[tokens], s.k_over_tokens.at[tokens]
+            if blocks.wide:
+                plgpu.commit_smem()  # all have read s.d_wt
+            for start in range(0, dim, 64):
+                rows = pl.ds(start, 64)
+                d_wt = product((64, dim), (s.d_zq.at[rows], q_tokens), (s.d_zk.at[rows], k_tokens))
+                d_wt = load(d_wt_ref.at[rows]) + d_wt
+                d_wt_ref.at[rows][...] = d_wt
+                if blocks.wide:  # which is read from global memory once for each mini-batch
+                    s.d_wt.at[rows][...] = d_wt.astype(bf16)
             return d_b, d_gamma, d_beta, d_lr_read
 
         def tile(first, j, carry):
             """Back over tile `first + j`."""
-            tokens = pl.ds((first + j) * TILE, TILE)
+            t, s = first + j, matrices()
+            tokens = pl.ds(t * TILE, TILE)
+            of_blocks = () if tight else ((v_g, d_v_g, s.v), (d_out_g, d_q_g, s.d_out))
             hopper.fetch(
                 tile_barrier,
-                (q_g.at[row, tokens, head], q_s),
-                (q_g.at[row, tokens, head], q_tokens_s),
-                (k_g.at[row, tokens, head], k_s),
-                (k_g.at[row, tokens, head], k_tokens_s),
-                (v_g.at[row, tokens, head], v_s),
-                (d_out_g.at[row, tokens, head], d_out_s),
+                (q_g.at[row, tokens, head], s.q),
+                (q_g.at[row, tokens, head], s.q_over_tokens),
+                (k_g.at[row, tokens, head], s.k),
+                (k_g.at[row, tokens, head], s.k_over_tokens),
+                *((source.at[row, tokens, head], ref) for source, _, ref in of_blocks),
                 (lr_read_g.at[row, head, tokens], lr_read_s),
                 (lr_update_g.at[row, head, tokens], lr_update_s),
             )
-            d_lr_read = jnp.zeros_like(carry[0])
+            d_lr_read = jnp.zeros(TILE, f32)
             *carry, d_lr_read = lax.fori_loop(
                 0,
                 mini_batches.per_tile,
-                lambda i, carry: mini_batch(mini_batches.per_tile - 1 - i, j, *carry),
+                lambda i, carry: mini_batch(mini_batches.per_tile - 1 - i, first + j, j, *carry),
                 (*carry, d_lr_read),
             )
             d_lr_read_s[...] = d_lr_read
             hopper.save(
-                (d_out_s, d_q_g.at[row, tokens, head]),
-                (k_s, d_k_g.at[row, tokens, head]),
-                (v_s, d_v_g.at[row, tokens, head]),
+                (s.k, d_k_g.at[row, tokens, head]),
+                *((ref, result.at[row, tokens, head]) for _, result, ref in of_blocks),
                 (d_lr_read_s, d_lr_read_g.at[row, head, tokens]),
                 (d_lr_update_s, d_lr_update_g.at[row, head, tokens]),
                 (d_scale_s, d_scale_g.at[row, head, tokens]),
@@ -225,14 +312,18 @@ def backward(
         d_b, d_gamma, d_beta = lax.fori_loop(0, num_groups, group, (d_b, nothing, nothing))
         for value, target in ((d_b, d_b_g), (d_gamma, d_ln_scale_g), (d_beta, d_ln_bias_g)):
             target.at[row, head][...] = value
-        hopper.save((d_wt_s, d_wt_g.at[row, head]))
+        if not blocks.wide:
+            hopper.save((d_wt_ref, d_wt_g.at[row, head]))
 
-    tokens = plgpu.SMEM((TILE, D), bf16, transforms=hopper.OVER_FEATURES)
-    over_tokens = hopper.over_tokens(n)
-    source_tokens = plgpu.SMEM((TILE, D), bf16, transforms=over_tokens)
-    operand = plgpu.SMEM((D, c), bf16, transforms=over_tokens)
-    right_operand = plgpu.SMEM((c, D), bf16, transforms=hopper.OVER_FEATURES)
-    pairs = plgpu.SMEM((TILE, c), bf16, transforms=over_tokens)
+    def matrix(rows: int, columns: int, transforms: Any = hopper.OVER_FEATURES) -> Any:
+        return plgpu.SMEM((1, rows, columns), bf16, transforms=transforms)
+
+    summed = hopper.over_tokens(n)
+    tokens, over_tokens, weights = matrix(TILE, dim), matrix(TILE, dim, summed), matrix(dim, dim)
+    operand, right_operand, pairs = matrix(dim, c, summed), matrix(c, dim), matrix(TILE, c, summed)
+    v_or_d_out, shared = (matrix(n, dim), 1) if tight else (tokens, 0)
+    d_wt_or_zero = hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32)
+    arrivals = (1 if blocks.wide else 2, *((2, 6, 1) if tight else (3, 8)))
     steps = plgpu.SMEM((TILE,), f32)
     kept = per_group * mini_batches.per_tile
     rows = (batch_size, num_heads)
@@ -245,22 +336,19 @@ def backward(
             *(of_steps,) * 3,
             shape(d_wt.shape, f32),
             *(of_vectors,) * 3,
-            shape((*rows, kept, D, D), bf16),
-            shape((*rows, kept, D), f32),
+            shape((*rows, kept, dim, dim), bf16),
+            shape((*rows, kept, dim), f32),
         ),
         grid=rows,
         grid_names=("row", "head"),
         scratch_types=[
-            *(tokens,) * 5,
-            *(source_tokens,) * 2,
+            *(tokens, tokens, v_or_d_out, v_or_d_out, tokens, over_tokens, over_tokens),
             *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps),
-            plgpu.SMEM((D, D), bf16, transforms=hopper.OVER_FEATURES),
-            plgpu.SMEM((D, D), f32, transforms=hopper.FLOAT32),
-            plgpu.SMEM((D, D), bf16, transforms=hopper.OVER_FEATURES),
-            *(operand,) * 3,
-            *(right_operand,) * 3,
+            *(weights, d_wt_or_zero, weights),
+            *(operand,) * (3 - shared),
+            *(right_operand,) * (3 - 2 * shared),
             *(pairs,) * 2,
-            *(plgpu.Barrier(num_arrivals=n) for n in (2, 3, 8)),
+            *(plgpu.Barrier(num_arrivals=count) for count in arrivals),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,

@@ -1,4 +1,8 @@
-"""TTT-Linear, D = 64: the forward kernel; one warpgroup walks over the tokens of one row and head."""
+"""TTT-Linear: the forward kernel; one warpgroup walks over the tokens of one row and head.
+
+At D = 64 a mini-batch is in registers at once. At D = 128 (`LinearBlocks.wide`) the weights leave room for a block of
+its tokens: it is worked on in blocks, and products read the weights from SMEM.
+"""
 
 from typing import Any
 
@@ -10,7 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import LinearBlocks
-from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, D, load, over_columns, over_rows, product
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, load, over_columns, over_rows, product
+from ttt_kernels.tiles import MiniBatches
 
 
 def forward(
@@ -20,16 +25,16 @@ def forward(
     """Outputs and final weights, and for the backward kernel the weights at each checkpoint.
 
     Args:
-        q: `[B, T, H, 64]` bfloat16, T a multiple of `TILE`.
+        q: `[B, T, H, D]` bfloat16, D = 64 or 128, T a multiple of `TILE`.
         k: as q.
         v: as q.
         lr_read: `[B, H, T]` float32, step size of each token as readers of its mini-batch see it.
         lr_update: `[B, H, T]` float32, step size of each token in the update after its mini-batch.
         scale: `[C]` float32, C a divisor of `TILE`: what a reader multiplies `lr_read` by.
-        wt: `[B, H, 64, 64]` float32, the weights transposed: (out, in).
-        b: `[B, H, 64]` float32.
-        ln_scale: `[H, 64]` float32.
-        ln_bias: `[H, 64]` float32.
+        wt: `[B, H, D, D]` float32, the weights transposed: (out, in).
+        b: `[B, H, D]` float32.
+        ln_scale: `[H, D]` float32.
+        ln_bias: `[H, D]` float32.
         causal: whether a token reads only the gradients of its own mini-batch's tokens up to itself, not all.
         keep: whether to return checkpoints.
         eps: of the inner LayerNorm.
@@ -37,27 +42,31 @@ def forward(
         interpret: parameters of the interpreter, None for a GPU.
 
     Returns:
-        out `[B, T, H, 64]` bfloat16, wt and b at the end; where kept, both at each checkpoint: `[B, H, N, ...]`.
+        out `[B, T, H, D]` bfloat16, wt and b at the end; where kept, both at each checkpoint: `[B, H, N, ...]`.
     """
-    batch_size, num_tokens, num_heads, _ = q.shape
+    batch_size, num_tokens, num_heads, dim = q.shape
     c = scale.shape[0]
+    n = min(c, blocks.columns) if blocks.wide else c
+    mini_batches = MiniBatches(c, n)
     num_tiles = num_tokens // TILE
     num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
     stages = min(blocks.stages, num_tiles)
     f32, bf16 = jnp.float32, jnp.bfloat16
     rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
     of_checkpoints = (
-        (shape((*rows, num_checkpoints, D, D), f32), shape((*rows, num_checkpoints, D), f32)) if keep else ()
+        (shape((*rows, num_checkpoints, dim, dim), f32), shape((*rows, num_checkpoints, dim), f32)) if keep else ()
     )
 
     def body(
         q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, wt_g, b_g, ln_scale_g, ln_bias_g,
         out_g, wt_end_g, b_end_g, *refs,
     ):  # fmt: skip
+        kept_g = refs[: len(of_checkpoints)]
         (
-            *kept_g, q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixing_s, k_step_s, out_s, ln_scale_s, ln_bias_s,
-            b_s, wt_s, wt_operand_s, g_operand_s, tile_barriers, start_barrier,
-        ) = refs  # fmt: skip
+            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixings_s, k_steps_s, out_s, ln_scale_s, ln_bias_s,
+            b_s, wt_or_zero_s, wt_operands_s, g_operands_s, tile_barriers, start_barrier,
+        ) = refs[len(kept_g) :]  # fmt: skip
+        zero = hopper.hidden_zero(wt_or_zero_s, known=not blocks.hidden_addresses)
         row, head = lax.axis_index("row"), lax.axis_index("head")
 
         def fetch(i, slot):
@@ -71,20 +80,22 @@ def forward(
             fetch(slot, slot)
         hopper.fetch(
             start_barrier,
-            (wt_g.at[row, head], wt_s),
+            *(() if blocks.wide else ((wt_g.at[row, head], wt_or_zero_s),)),
             (b_g.at[row, head], b_s),
             (scale_g, scale_s),
             (ln_scale_g.at[head], ln_scale_s),
             (ln_bias_g.at[head], ln_bias_s),
         )
-        gamma, beta = (over_columns(load(ref, ROWS), c) for ref in (ln_scale_s, ln_bias_s))
+        gamma, beta = (over_columns(load(ref, ROWS), n) for ref in (ln_scale_s, ln_bias_s))
 
         def save(weights, wt_target, b_target):
-            wt_s[...], b_s[...] = weights
-            hopper.save((wt_s, wt_target), (b_s, b_target))
+            if blocks.wide:
+                wt_target[...], b_target[...] = weights
+                return
+            wt_or_zero_s[...], b_s[...] = weights
+            hopper.save((wt_or_zero_s, wt_target), (b_s, b_target))
 
         def tile(i, weights):
-            wt, b = weights
             slot = lax.rem(i, stages)
 
             if keep:
@@ -95,6 +106,7 @@ def forward(
 
             plgpu.barrier_wait(tile_barriers.at[slot])
             q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
+            mixing_s, k_step_s = (ref.at[zero()] if blocks.wide else ref for ref in (mixings_s, k_steps_s))
             # [source, reader]: minus the step that a reader takes along a source's gradient.
             attention = product((TILE, TILE), (k_t, q_t.T))
             source = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
@@ -102,24 +114,67 @@ def forward(
             steps = over_columns(load(lr_read_s.at[slot], ROWS), TILE) * over_rows(load(scale_s, COLUMNS))
             mixing = -(attention + 1.0) * steps
             mixing_s[...] = (jnp.where(reader >= source, mixing, 0.0) if causal else mixing).astype(bf16)
-            k_step = load(k_t).astype(f32) * over_columns(load(lr_update_s.at[slot], ROWS), D)
+            k_step = load(k_t).astype(f32) * over_columns(load(lr_update_s.at[slot], ROWS), dim)
             k_step_s[...] = (-k_step).astype(bf16)
             plgpu.commit_smem()
-            for m in range(TILE // c):
+
+            def inner_gradient(operand, b, at):
+                k_b, v_b = k_t.at[at].T, v_t.at[at].T
+                target = load(v_b).astype(f32) - load(k_b).astype(f32)
+                z = product((dim, n), (operand, k_b)) + over_columns(b, n)
+                return inner.inner_gradient(z, target, gamma, beta, eps).g
+
+            def updated_bias(b, g, at):
+                return b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS), dim)).sum(axis=1)
+
+            def output(z_q, at):
+                return load(q_t.at[at].T).astype(f32) + gamma * inner.normalize(z_q, eps)[0] + beta
+
+            def mini_batch(m, weights):
+                wt, b = weights
                 at = pl.ds(m * c, c)
-                q_m, k_m, v_m = (ref.at[at].T for ref in (q_t, k_t, v_t))
-                operand = operand_of(wt, wt_operand_s, blocks)
-                bias = over_columns(b, c)
-                target = load(v_m).astype(f32) - load(k_m).astype(f32)
-                g = inner.inner_gradient(product((D, c), (operand, k_m)) + bias, target, gamma, beta, eps).g
-                g_operand = operand_of(g, g_operand_s, blocks)
-                z_q = product((D, c), (operand, q_m), (g_operand, mixing_s.at[at, at])) + bias
-                wt = _updated(wt, g_operand, k_step_s.at[at], blocks)
-                b = b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS))).sum(axis=1)
-                out = load(q_m).astype(f32) + gamma * inner.normalize(z_q, eps)[0] + beta
+                operand = operand_of(wt, wt_operands_s.at[0], blocks)
+                g = inner_gradient(operand, b, at)
+                g_operand = operand_of(g, g_operands_s.at[0], blocks)
+                z_q = product((dim, n), (operand, q_t.at[at].T), (g_operand, mixing_s.at[at, at])) + over_columns(b, n)
+                wt = updated(wt, g_operand, k_step_s.at[at], blocks)
+                b = updated_bias(b, g, at)
+                out = output(z_q, at)
                 if m == 0:
                     plgpu.wait_smem_to_gmem(0)  # of the tile before
                 out_s.at[at].T[...] = out.astype(bf16)
+                return wt, b
+
+            def mini_batch_in_blocks(m, weights):
+                wt, b = weights
+                wt_s, g_s = wt_operands_s.at[zero()], g_operands_s.at[zero()]
+                wt_s[...] = wt.astype(bf16)
+                plgpu.commit_smem()
+
+                def read_keys(i, new_b):
+                    at = mini_batches.block(m, i)
+                    g = inner_gradient(wt_s, b, at)
+                    g_s.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
+                    return updated_bias(new_b, g, at)
+
+                new_b = mini_batches.over_blocks(read_keys, b)
+                plgpu.commit_smem()
+                tokens = mini_batches.tokens(m)
+
+                def read(i, _):
+                    at = mini_batches.block(m, i)
+                    z_q = product((dim, n), (wt_s, q_t.at[at].T), (g_s, mixing_s.at[tokens, at])) + over_columns(b, n)
+                    out_s.at[at].T[...] = output(z_q, at).astype(bf16)
+
+                mini_batches.over_blocks(read, None)
+                return updated(wt, g_s, k_step_s.at[tokens], blocks), new_b
+
+            if blocks.wide:
+                plgpu.wait_smem_to_gmem(0)  # of the tile before
+                weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch_in_blocks, weights)
+            else:
+                for m in range(mini_batches.per_tile):
+                    weights = mini_batch(m, weights)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_s, out_g.at[row, pl.ds(i * TILE, TILE), head])
 
@@ -127,15 +182,17 @@ def forward(
             def _():
                 fetch(i + stages, slot)
 
-            return wt, b
+            return weights
 
-        weights = lax.fori_loop(0, num_tiles, tile, (load(wt_s), load(b_s, ROWS)))
+        wt = load(wt_g.at[row, head] if blocks.wide else wt_or_zero_s)
+        weights = lax.fori_loop(0, num_tiles, tile, (wt, load(b_s, ROWS)))
         plgpu.wait_smem_to_gmem(0)
         save(weights, wt_end_g.at[row, head], b_end_g.at[row, head])
 
-    tokens = plgpu.SMEM((stages, TILE, D), bf16, transforms=hopper.OVER_FEATURES)
+    tokens = plgpu.SMEM((stages, TILE, dim), bf16, transforms=hopper.OVER_FEATURES)
     steps = plgpu.SMEM((stages, TILE), f32)
-    vector = plgpu.SMEM((D,), f32)
+    vector = plgpu.SMEM((dim,), f32)
+    wt_or_zero = hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32)
     return plgpu.kernel(
         body,
         out_type=(
@@ -149,13 +206,16 @@ def forward(
         scratch_types=[
             *(tokens, tokens, tokens, steps, steps),
             plgpu.SMEM((TILE,), f32),
-            *(plgpu.SMEM((TILE, size), bf16, transforms=hopper.over_tokens(c)) for size in (TILE, D)),
-            plgpu.SMEM((TILE, D), bf16, transforms=hopper.OVER_FEATURES),
-            *(vector, vector, vector, plgpu.SMEM((D, D), f32, transforms=hopper.FLOAT32)),
-            plgpu.SMEM((D, D), bf16, transforms=hopper.OVER_FEATURES),
-            plgpu.SMEM((D, c), bf16, transforms=hopper.over_tokens(c)),
+            *(
+                plgpu.SMEM((*((1,) if blocks.wide else ()), TILE, size), bf16, transforms=hopper.over_tokens(n))
+                for size in (TILE, dim)
+            ),
+            plgpu.SMEM((TILE, dim), bf16, transforms=hopper.OVER_FEATURES),
+            *(vector, vector, vector, wt_or_zero),
+            plgpu.SMEM((1, dim, dim), bf16, transforms=hopper.OVER_FEATURES),
+            plgpu.SMEM((1, dim, c), bf16, transforms=hopper.over_tokens(n)),
             plgpu.Barrier(num_arrivals=5, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=5),
+            plgpu.Barrier(num_arrivals=4 if blocks.wide else 5),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
@@ -171,8 +231,8 @@ def operand_of(value, ref, blocks: LinearBlocks):
     return ref
 
 
-def _updated(wt, left, right, blocks: LinearBlocks) -> Any:
+def updated(wt, left, right, blocks: LinearBlocks) -> Any:
     """`wt` plus a product."""
     if not blocks.fused_update:
-        return wt + product((D, D), (left, right))
+        return wt + product(wt.shape, (left, right))
     return pl.run_state(lambda acc: plgpu.wgmma(acc, left, right))(plgpu.WGMMAAccumulatorRef.init(wt))

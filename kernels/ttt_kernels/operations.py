@@ -14,8 +14,11 @@ from ttt_kernels.hopper import TILE, D
 from ttt_kernels.partitioned import EACH, HEADS, SHARED, TOKENS, split
 
 MINI_BATCH_SIZES = (16, 64)
-HEAD_DIM = D
+HEAD_DIMS = {"linear": (D, 2 * D), "mlp": (D,)}
+"""Of each model."""
+
 HIDDEN_UNITS = SLICES * D
+"""Of TTT-MLP."""
 
 Arrays = tuple[jax.Array, ...]
 
@@ -55,7 +58,7 @@ def ttt_linear(
     eps: float = 1e-6,
     blocks: LinearBlocks | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """TTT-Linear over mini-batches of C = 16 or 64 tokens, head dim 64, on an NVIDIA Hopper GPU.
+    """TTT-Linear over mini-batches of C = 16 or 64 tokens, head dim D = 64 or 128, on an NVIDIA Hopper GPU.
 
     With `f(x) = x w1 + b1` and `g[j]` the gradient of token j's inner loss by `f(k[j])` at its mini-batch's start,
 
@@ -66,31 +69,34 @@ def ttt_linear(
     weights as they are.
 
     Args:
-        q: `[B, T, H, 64]` bfloat16; T is a multiple of C.
+        q: `[B, T, H, D]` bfloat16; T is a multiple of C.
         k: as q.
         v: as q.
         lr_read: `[B, T, H]` float32.
         lr_update: `[B, T, H]` float32.
         token_scale: `[C]` float32.
-        w1: `[B, H, 64, 64]` float32.
-        b1: `[B, H, 64]` float32.
-        ln_scale: `[H, 64]` float32.
-        ln_bias: `[H, 64]` float32.
+        w1: `[B, H, D, D]` float32.
+        b1: `[B, H, D]` float32.
+        ln_scale: `[H, D]` float32.
+        ln_bias: `[H, D]` float32.
         causal: whether a token reads the gradients of its mini-batch's tokens up to itself, or of all.
         eps: of the inner LayerNorm.
         blocks: block sizes; None takes the default.
 
     Returns:
-        out `[B, T, H, 64]` bfloat16, and w1 and b1 after the last mini-batch. Weights are read in bfloat16, kept and
+        out `[B, T, H, D]` bfloat16, and w1 and b1 after the last mini-batch. Weights are read in bfloat16, kept and
         updated in float32. Differentiable in every array.
 
     Raises:
         ValueError: wrong shapes or dtypes.
     """
-    shapes = {"w1": (w1, (D, D)), "b1": (b1, (D,))}
+    dim = q.shape[-1]
+    shapes = {"w1": (w1, (dim, dim)), "b1": (b1, (dim,))}
     inputs, ln = (q, k, v, lr_read, lr_update, token_scale), (ln_scale, ln_bias)
-    _check(*inputs, *ln, shapes)
-    blocks = LinearBlocks() if blocks is None else blocks
+    _check(*inputs, *ln, shapes, HEAD_DIMS["linear"])
+    if blocks is None:
+        c = token_scale.shape[0]
+        blocks = LinearBlocks.choose(c, 4 * TILE // c, dim)
     out, (wt, b1) = _padded(_LINEAR, inputs, (w1.swapaxes(-1, -2), b1), ln, causal, eps, blocks)
     return out, wt.swapaxes(-1, -2), b1
 
@@ -116,6 +122,7 @@ def ttt_mlp(
     """TTT-MLP: as `ttt_linear` with `f(x) = gelu_tanh(x w1 + b1) w2 + b2`, whose two layers each read and update so.
 
     Args: those of `ttt_linear` but for
+        q: `[B, T, H, 64]`, as k and v.
         w1: `[B, H, 64, 256]` float32.
         b1: `[B, H, 256]` float32.
         w2: `[B, H, 256, 64]` float32.
@@ -134,7 +141,7 @@ def ttt_mlp(
         "b2": (b2, (D,)),
     }
     inputs, ln = (q, k, v, lr_read, lr_update, token_scale), (ln_scale, ln_bias)
-    _check(*inputs, *ln, shapes)
+    _check(*inputs, *ln, shapes, HEAD_DIMS["mlp"])
     if interpreter.parameters() is not None:
         interpreter.require_threads(SLICES + 2)
     slices = (*q.shape[:1], q.shape[2], SLICES, D)
@@ -203,9 +210,11 @@ def _tiles_backward(options, kept, derivatives):
 _tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
-def _check(q, k, v, lr_read, lr_update, token_scale, ln_scale, ln_bias, weights) -> None:
-    batch_size, num_tokens, num_heads = q.shape[:3]
-    of_tokens, of_steps = (batch_size, num_tokens, num_heads, D), (batch_size, num_tokens, num_heads)
+def _check(q, k, v, lr_read, lr_update, token_scale, ln_scale, ln_bias, weights, head_dims) -> None:
+    (batch_size, num_tokens, num_heads), dim = q.shape[:3], q.shape[-1]
+    if dim not in head_dims:
+        raise ValueError(f"q: expected head dim {' or '.join(map(str, head_dims))}, got {dim}.")
+    of_tokens, of_steps = (batch_size, num_tokens, num_heads, dim), (batch_size, num_tokens, num_heads)
     expected = {
         "q": (q, of_tokens, jnp.bfloat16),
         "k": (k, of_tokens, jnp.bfloat16),
@@ -213,8 +222,8 @@ def _check(q, k, v, lr_read, lr_update, token_scale, ln_scale, ln_bias, weights)
         "lr_read": (lr_read, of_steps, jnp.float32),
         "lr_update": (lr_update, of_steps, jnp.float32),
         "token_scale": (token_scale, token_scale.shape[:1], jnp.float32),
-        "ln_scale": (ln_scale, (num_heads, D), jnp.float32),
-        "ln_bias": (ln_bias, (num_heads, D), jnp.float32),
+        "ln_scale": (ln_scale, (num_heads, dim), jnp.float32),
+        "ln_bias": (ln_bias, (num_heads, dim), jnp.float32),
     }
     expected |= {name: (x, (batch_size, num_heads, *shape), jnp.float32) for name, (x, shape) in weights.items()}
     for name, (x, shape, dtype) in expected.items():

@@ -37,22 +37,22 @@ def ttt_step(
         G <- G + lr * grad,   out = q + LN(f(q; w - read_scale * G)),   w <- w - update_scale * G
 
     Args:
-        q: `[B, H, 64]` float32.
+        q: `[B, H, D]` float32, D = 64, or with linear weights 128.
         k: as q.
         v: as q.
         lr: `[B, H]` float32.
         read_scale: `[B]` float32.
         update_scale: `[B]` float32; 0 where the mini-batch does not end.
-        weights: `w1 [B, H, 64, 64], b1 [B, H, 64]`, or those of the MLP with 256 hidden units; float32.
+        weights: `w1 [B, H, D, D], b1 [B, H, D]`, or those of the MLP with 256 hidden units; float32.
         gradient: G, as the weights.
-        ln_scale: `[H, 64]` float32.
-        ln_bias: `[H, 64]` float32.
+        ln_scale: `[H, D]` float32.
+        ln_bias: `[H, D]` float32.
         eps: of the inner LayerNorm.
 
     Returns:
-        out `[B, H, 64]` float32, the weights, and G with the token's gradient.
+        out `[B, H, D]` float32, the weights, and G with the token's gradient.
     """
-    batch_size, num_heads, _ = q.shape
+    batch_size, num_heads, dim = q.shape
     count, slices = len(weights), weights[0].shape[-1] // D
 
     def body(q_g, k_g, q_in_g, k_in_g, v_g, lr_g, read_scale_g, update_scale_g, ln_scale_g, ln_bias_g, *refs):
@@ -61,10 +61,17 @@ def ttt_step(
         row, head = lax.axis_index("row"), lax.axis_index("head")
         lr, read_scale, update_scale = lr_g[row, head], read_scale_g[row], update_scale_g[row]
 
-        gamma, beta = (over_rows(load(ref.at[head], COLUMNS)) for ref in (ln_scale_g, ln_bias_g))
-        q_out, k_out, v_out = (over_rows(load(ref.at[row, head], COLUMNS)) for ref in (q_g, k_g, v_g))
+        def of_outputs():
+            """gamma, beta, q, k and v, the same for each row."""
+            refs = (ln_scale_g.at[head], ln_bias_g.at[head], *(ref.at[row, head] for ref in (q_g, k_g, v_g)))
+            return tuple(over_rows(load(ref, COLUMNS)) for ref in refs)
+
+        early = of_outputs() if dim == D else None  # at D = 128 they would take 160 registers
         # The same arrays: of two loads of one array in two layouts, the compiler would make one.
-        q_in, k_in = (over_columns(load(ref.at[row, head], ROWS), D) for ref in (q_in_g, k_in_g))
+        inputs = [pl.ds(start, D) for start in range(0, dim, D)]
+        q_in, k_in = (
+            [over_columns(load(ref.at[row, head, at], ROWS), dim) for at in inputs] for ref in (q_in_g, k_in_g)
+        )
 
         def updated(i, gradient, *at):
             """Of weights i: G with the token's `gradient`, and what the token reads; both weights and G are written."""
@@ -76,22 +83,25 @@ def ttt_step(
             return weights - read_scale * gradient
 
         def inner_gradient(z):
-            """By column, as [64, 64] and as a vector."""
+            """By column, as [64, D] and as a vector."""
+            gamma, beta, _, k_out, v_out = early or of_outputs()
             g = inner.inner_gradient(over_rows(z), v_out - k_out, gamma, beta, eps, axis=1).g
             return g, g.max(axis=0)
 
         def write(z):
+            gamma, beta, q_out, _, _ = early or of_outputs()
             normalized = inner.normalize(over_rows(z), eps, axis=1)[0]
             out_g.at[row, head][...] = (q_out + gamma * normalized + beta).max(axis=0)
 
         def linear():
-            w1, b1 = load(weights_g[0].at[row, head]), load(weights_g[1].at[row, head], COLUMNS)
-            g, g_vector = inner_gradient((w1 * k_in).sum(axis=0) + b1)
-            w1, b1 = updated(0, k_in * g), updated(1, g_vector)
-            write((w1 * q_in).sum(axis=0) + b1)
+            z = [(load(weights_g[0].at[row, head, at]) * k).sum(axis=0) for k, at in zip(k_in, inputs, strict=True)]
+            g, g_vector = inner_gradient(sum(z, load(weights_g[1].at[row, head], COLUMNS)))
+            z = [(updated(0, k * g, at) * q).sum(axis=0) for k, q, at in zip(k_in, q_in, inputs, strict=True)]
+            write(sum(z, updated(1, g_vector)))
 
         def mlp():
             hidden_s, transposing_s = scratch
+            (q_x,), (k_x,) = q_in, k_in
 
             def transposed(vector, to):
                 plgpu.commit_smem()  # all have read what was there
@@ -105,7 +115,7 @@ def ttt_step(
 
             def hidden(i, z):
                 at, columns = slice_of(i)
-                z1 = (load(weights_g[0].at[row, head, *columns]) * k_in).sum(axis=0)
+                z1 = (load(weights_g[0].at[row, head, *columns]) * k_x).sum(axis=0)
                 z1 = transposed(z1 + load(weights_g[1].at[row, head, at], COLUMNS), ROWS)
                 hidden_s.at[i][...] = z1
                 w2 = load(weights_g[2].at[row, head, at])
@@ -119,9 +129,9 @@ def ttt_step(
                 z1 = load(hidden_s.at[i], ROWS)
                 g1 = (load(weights_g[2].at[row, head, at]) * g).sum(axis=1) * inner.gelu_gradient(z1)
                 g1 = transposed(g1, COLUMNS)
-                w1, b1 = updated(0, k_in * over_rows(g1), *columns), updated(1, g1, at)
+                w1, b1 = updated(0, k_x * over_rows(g1), *columns), updated(1, g1, at)
                 w2 = updated(2, over_columns(inner.gelu(z1), D) * g, at)
-                x = inner.gelu(transposed((w1 * q_in).sum(axis=0) + b1, ROWS))
+                x = inner.gelu(transposed((w1 * q_x).sum(axis=0) + b1, ROWS))
                 return z + (w2 * over_columns(x, D)).sum(axis=0)
 
             plgpu.commit_smem()

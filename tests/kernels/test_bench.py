@@ -40,6 +40,10 @@ def test_what_binds_the_floor():
     assert many_rows.seconds == pytest.approx(64 * 8192 * 32 * per_token / 3e12)
     slow = bench.Rates(3e12, 1e10)
     assert bench.floor(LINEAR, 1, 8192, slow, 1e-6, backward=False) == bench.Floor(8192 * 32 * 28672 / 1e10, "FLOPs")
+    wide = bench.Variant("linear", 16, causal=True, head_dim=128)
+    assert (wide.heads, str(wide)) == (16, "linear, C = 16, causal, D = 128")
+    flops = 2 * 3 * 128 * 128 + 2 * 16 * 2 * 128
+    assert bench.floor(wide, 1, 8192, slow, 1e-6, backward=False) == bench.Floor(8192 * 16 * flops / 1e10, "FLOPs")
     flops = 2 * 7 * 64 * 256 + 2 * 16 * (2 * 64 + 2 * 256)
     assert bench.floor(MLP, 1, 8192, slow, 1e-6, backward=False) == bench.Floor(8192 * 32 * flops / 1e10, "FLOPs")
 
@@ -54,7 +58,7 @@ def test_the_table_and_the_files(result, tmp_path):
     assert (tmp_path / "measured/Some_GPU.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("variant", [LINEAR, bench.Variant("mlp", 64, causal=False)], ids=str)
+@pytest.mark.parametrize("variant", [LINEAR, bench.Variant("mlp", 64, causal=False), bench.VARIANTS[-1]], ids=str)
 def test_the_measurements_run_wherever_the_scan_does(monkeypatch, variant):
     monkeypatch.setattr(bench, "HEADS", 2)
     monkeypatch.setattr(bench, "CALLS", 1)

@@ -7,6 +7,8 @@ from ttt_kernels import check
 
 SPILLS = {f"mlp_backward_{mask}_c{c}" for mask in ("causal", "full") for c in (16, 64)}
 SPILLS |= {f"linear_backward_{mask}_c16" for mask in ("causal", "full")}
+SPILLS |= {f"linear_backward_{mask}_c{c}_d128" for mask in ("causal", "full") for c in (16, 64)}
+SPILLS |= {f"linear_forward_{mask}_c64_d128" for mask in ("causal", "full")} | {"linear_step_d128"}
 """Kernels that may spill 128 bytes a thread, less than 1 % of a mini-batch's time: see kernels/README.md."""
 
 

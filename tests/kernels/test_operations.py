@@ -25,9 +25,11 @@ class Variant(NamedTuple):
     kind: type
     mini_batch_size: int
     causal: bool
+    dim: int = D
 
     def __str__(self):
         kind = "linear" if self.kind is ttt_jax.TTTLinearParams else "mlp"
+        kind += "" if self.dim == D else f"-d{self.dim}"
         return f"{kind}-{self.mini_batch_size}-{'causal' if self.causal else 'full'}"
 
     def run(self, name, params, tokens, **options):
@@ -40,6 +42,7 @@ LINEAR, MLP = (
     [Variant(kind, c, causal) for c in (16, 64) for causal in (True, False)]
     for kind in (ttt_jax.TTTLinearParams, ttt_jax.TTTMLPParams)
 )
+LINEAR_128 = [variant._replace(dim=128) for variant in LINEAR]
 
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -106,7 +109,7 @@ def run(name, params, tokens, **options):
 
 
 def check_forward(variant, num_tokens):
-    params, tokens = make_params(kind=variant.kind), make_tokens(num_tokens)
+    params, tokens = make_params(kind=variant.kind, dim=variant.dim), make_tokens(num_tokens, dim=variant.dim)
     out, state = jax.jit(functools.partial(variant.run, "pallas"))(params, tokens)
     assert out.dtype == jnp.bfloat16
     assert {x.dtype for x in state.weights} == {jnp.dtype("float32")}
@@ -120,8 +123,12 @@ def test_outputs_and_state_after_more_tiles_than_are_on_their_way_at_once(gpu):
     check_forward(LINEAR[0], 512)
 
 
+def test_outputs_and_state_at_head_dim_128(gpu):
+    check_forward(LINEAR_128[0], 256)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", LINEAR + MLP, ids=str)
+@pytest.mark.parametrize("variant", LINEAR + LINEAR_128 + MLP, ids=str)
 def test_outputs_and_state_after_8192_tokens(variant):
     with a_gpu(detect_races=False):
         check_forward(variant, 8192)
@@ -147,6 +154,10 @@ GRADIENTS = {
     LINEAR[1]: Rows(40, 5, [40, 21], [False, True], remat_every=16),
     LINEAR[2]: Rows(150, 30, [150, 90], [False, False], remat_every=16),
     LINEAR[3]: Rows(150, 0, [150, 0], [False, False], remat_every=2),  # the last checkpoint has fewer tiles
+    LINEAR_128[0]: Rows(3 * 64 + 9, 5, [3 * 64 + 9], [False], remat_every=8),  # as above
+    LINEAR_128[1]: Rows(40, 5, [40, 21], [False, True], remat_every=16),
+    LINEAR_128[2]: Rows(150, 30, [150, 90], [False, False], remat_every=16),
+    LINEAR_128[3]: Rows(150, 0, [150], [False], remat_every=2),
     MLP[0]: Rows(11 + 4 * C, 5, [11 + 4 * C], [False], remat_every=16),  # little but the kernel's part
     MLP[3]: Rows(64, 9, [62], [False], remat_every=16),
 }
@@ -167,14 +178,15 @@ def test_every_gradient_of_the_mlp_over_more_tiles(gpu, variant):
 def check_gradients(variant, rows_of_call):
     num_tokens, before, length, reset, remat_every = rows_of_call
     rows = len(length)
-    params, tokens = make_params(kind=variant.kind), make_tokens(num_tokens, batch_size=rows)
-    given = variant._replace(causal=True).run("scan", params, make_tokens(before, batch_size=rows, seed=3))[1]
+    make = functools.partial(make_tokens, batch_size=rows, dim=variant.dim)
+    params, tokens = make_params(kind=variant.kind, dim=variant.dim), make(num_tokens)
+    given = variant._replace(causal=True).run("scan", params, make(before, seed=3))[1]
     rng = np.random.default_rng(5)
     # Near the defaults: were all near 1, rounding w1 to bfloat16 would change these gradients by 2 % in float64 too.
     c = variant.mini_batch_size
     steps = 1 / (1 + np.arange(c)) if variant.causal else np.full(c, 1 / c)
     token_scale = jnp.asarray(steps * rng.uniform(0.5, 1.5, c), jnp.float32)
-    d_out = normal(rng, rows, num_tokens, 1, D, dtype=jnp.float64)
+    d_out = normal(rng, rows, num_tokens, 1, variant.dim, dtype=jnp.float64)
 
     def objective(arguments, name):
         params, *tokens, token_scale, weights, gradient = arguments
@@ -200,13 +212,14 @@ def check_gradients(variant, rows_of_call):
         np.testing.assert_array_equal(np.asarray(x)[beyond], 0)
 
 
-@pytest.mark.parametrize("variant", [LINEAR[0], MLP[0]], ids=str)
+@pytest.mark.parametrize("variant", [LINEAR[0], LINEAR_128[0], MLP[0]], ids=str)
 def test_decoding_token_by_token(gpu, variant):
     """Rows at other places of their mini-batches, one of which ends within; a step without a token changes nothing."""
-    params, c = make_params(kind=variant.kind), 4
+    make = functools.partial(make_tokens, batch_size=2, dim=variant.dim)
+    params, c = make_params(kind=variant.kind, dim=variant.dim), 4
     variant = variant._replace(mini_batch_size=c)
-    state = variant.run("scan", params, make_tokens(6, batch_size=2, seed=3), length=jnp.asarray([5, 6]))[1]
-    steps = make_tokens(3, batch_size=2, dtype=jnp.float32)
+    state = variant.run("scan", params, make(6, seed=3), length=jnp.asarray([5, 6]))[1]
+    steps = make(3, dtype=jnp.float32)
 
     @jax.jit
     def decode(token, state, length):
@@ -275,7 +288,17 @@ def test_training_that_began_with_scan_continues_with_the_kernels(gpu, monkeypat
         ({"params": make_params(kind=ttt_jax.TTTMLPParams, hidden=128)}, "inner MLP has 256 hidden units, not 128"),
         ({"mini_batch_size": 8}, "the kernels' mini-batches have 16 or 64 tokens, not 8"),
         ({"tokens": make_tokens(32, dtype=jnp.float32)}, "the kernels compute on bfloat16, q is float32"),
-        ({"tokens": make_tokens(32, dim=32), "params": make_params(dim=32)}, "the kernels' head dim is 64, not 32"),
+        (
+            {"tokens": make_tokens(32, dim=32), "params": make_params(dim=32)},
+            "the kernels' head dim is 64 or 128, not 32",
+        ),
+        (
+            {
+                "tokens": make_tokens(32, dim=128),
+                "params": make_params(dim=128, kind=ttt_jax.TTTMLPParams, hidden=256),
+            },
+            "the kernels' head dim is 64, not 128",
+        ),
         ({"tokens": make_tokens(15)}, "15 tokens have no whole mini-batch"),
     ],
 )
@@ -311,6 +334,8 @@ def test_explain_says_what_none_takes(monkeypatch):
         state = LINEAR[0].run("scan", arguments[0], make_tokens(3))[1]
         step = make_tokens(1, dtype=jnp.float32)
         assert "not measured to be faster" in ttt_jax.explain(arguments[0], *step, state=state)
+        of_128 = ttt_jax.explain(make_params(dim=128), *make_tokens(32, dim=128))
+        assert "were not measured to be faster on 'cpu' at head dim 128: name 'pallas'" in of_128
     with pytest.raises(ValueError, match="q: expected an array, got int"):
         ttt_jax.explain(make_params(), 1, 1, 1, 1)
 
@@ -335,6 +360,13 @@ def test_the_kernel_itself_names_a_wrong_argument():
         ttt_kernels.ttt_linear(*(x[:, :15] for x in (q, k, v, lr, lr)), scale, *weights, *ln)
     with pytest.raises(ValueError, match=r"token_scale: expected C entries, C in \(16, 64\), got 8"):
         ttt_kernels.ttt_linear(q, k, v, lr, lr, scale[:8], *weights, *ln)
+    wide_ln = [jnp.tile(x, (1, 2)) for x in ln]
+    with pytest.raises(ValueError, match=r"w1: expected float32\[1, 1, 128, 128\], got float32\[1, 1, 64, 64\]"):
+        ttt_kernels.ttt_linear(*make_tokens(32, dim=128)[:3], lr, lr, scale, *weights, *wide_ln)
+    with pytest.raises(ValueError, match="q: expected head dim 64, got 128"):
+        ttt_kernels.ttt_mlp(*make_tokens(32, dim=128)[:3], lr, lr, scale, *weights, *weights, *ln)
+    with pytest.raises(ValueError, match="q: expected head dim 64 or 128, got 32"):
+        ttt_kernels.ttt_linear(*make_tokens(32, dim=32)[:3], lr, lr, scale, *weights, *ln)
     with pytest.raises(ValueError, match=r"w1: expected float32\[1, 1, 64, 256\], got float32\[1, 1, 64, 64\]"):
         ttt_kernels.ttt_mlp(q, k, v, lr, lr, scale, *weights, *weights, *ln)
 

@@ -256,8 +256,10 @@ def explain(
         return f"scan; the kernels cannot take this call: {refusal}"
     if pallas.is_default(call):
         return "pallas"
-    kind = devices.default_device().device_kind
-    return f"scan; the kernels can take this call, but were not measured to be faster on {kind!r}: name 'pallas' to try"
+    where = repr(devices.default_device().device_kind)
+    if q.shape[-1] != pallas.MEASURED_HEAD_DIM:
+        where += f" at head dim {q.shape[-1]}"
+    return f"scan; the kernels can take this call, but were not measured to be faster on {where}: name 'pallas' to try"
 
 
 def _run(name: str, operation: str, call: Call):

@@ -18,7 +18,10 @@ from ttt_jax.ttt.types import TTTMLPParams, TTTState
 
 FASTER_ON: frozenset[str] = frozenset({"NVIDIA H100 80GB HBM3"})
 """Kinds of devices on which the kernels were measured to be faster than the scan, forward and back: see
-kernels/README.md. There they are the default, but for steps of one token, which were not measured."""
+kernels/README.md. There they are the default, at `MEASURED_HEAD_DIM`, but for steps of one token, which were not
+measured."""
+
+MEASURED_HEAD_DIM = 64
 
 HOPPER = 9
 """Major compute capability of the GPUs that the kernels are for."""
@@ -26,7 +29,8 @@ HOPPER = 9
 
 def is_default(call: Call) -> bool:
     """Whether the kernels are tried first where no implementation is named."""
-    return devices.default_device().device_kind in FASTER_ON and not _is_step(call)
+    measured = call.q.shape[-1] == MEASURED_HEAD_DIM and not _is_step(call)
+    return measured and devices.default_device().device_kind in FASTER_ON
 
 
 def refusal(call: Call) -> str | None:
@@ -41,10 +45,12 @@ def refusal(call: Call) -> str | None:
             return f"the default device is no CUDA GPU (backend {jax.default_backend()!r})"
         if capability[0] != HOPPER:
             return f"the kernels are for compute capability {HOPPER}, this GPU has {'.'.join(map(str, capability))}"
-    if isinstance(call.params, TTTMLPParams) and call.params.b1.shape[-1] != operations.HIDDEN_UNITS:
+    is_mlp = isinstance(call.params, TTTMLPParams)
+    if is_mlp and call.params.b1.shape[-1] != operations.HIDDEN_UNITS:
         return f"the kernels' inner MLP has {operations.HIDDEN_UNITS} hidden units, not {call.params.b1.shape[-1]}"
-    if call.q.shape[-1] != operations.HEAD_DIM:
-        return f"the kernels' head dim is {operations.HEAD_DIM}, not {call.q.shape[-1]}"
+    head_dims = operations.HEAD_DIMS["mlp" if is_mlp else "linear"]
+    if call.q.shape[-1] not in head_dims:
+        return f"the kernels' head dim is {' or '.join(map(str, head_dims))}, not {call.q.shape[-1]}"
     if _is_step(call):
         return f"a step is computed in float32, q is {call.dtype}" if call.q.dtype != jnp.float32 else _refused_mesh()
     if call.mini_batch_size not in operations.MINI_BATCH_SIZES:
@@ -154,9 +160,10 @@ def _whole_mini_batches(call: Call, part: _Part, state: TTTState) -> tuple[jax.A
     import ttt_kernels
 
     operation: Any = ttt_kernels.ttt_linear
-    block_sizes: Any = ttt_kernels.LinearBlocks
+    blocks: Any = ttt_kernels.LinearBlocks.choose(call.mini_batch_size, call.remat_every, call.q.shape[-1])
     if isinstance(call.params, TTTMLPParams):
-        operation, block_sizes = ttt_kernels.ttt_mlp, ttt_kernels.MLPBlocks
+        operation = ttt_kernels.ttt_mlp
+        blocks = ttt_kernels.MLPBlocks.choose(call.mini_batch_size, call.remat_every)
     # In bfloat16 before anything moves, which halves what does.
     q, k, v = (x.astype(jnp.bfloat16) for x in (call.q, call.k, call.v))
     call = _call_of(call._replace(q=q, k=k, v=v), part, state)
@@ -167,7 +174,7 @@ def _whole_mini_batches(call: Call, part: _Part, state: TTTState) -> tuple[jax.A
         call.params.ln_bias,
         causal=call.causal,
         eps=call.eps,
-        blocks=block_sizes.choose(call.mini_batch_size, call.remat_every),
+        blocks=blocks,
     )
     return out, state._replace(weights=tuple(weights))
 
