@@ -291,7 +291,7 @@ def run() -> dict[str, Any]:
     shapes = [Shape(variant, *FULL_SHAPE) for variant in VARIANTS]
     shapes += [Shape(variant, 1, tokens) for variant in PLOTTED for tokens in PLOTTED_TOKENS]
     measured = _measure_each(shapes)
-    result = {
+    return {
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "rates": dataclasses.asdict(measure_rates()),
@@ -305,17 +305,19 @@ def run() -> dict[str, Any]:
         },
         "shapes": measured,
     }
-    if fla.is_installed():
-        compared = [shape for shape in measured if shape["variant"] == dataclasses.asdict(PLOTTED[0])]
-        try:
-            times = fla.milliseconds([(shape["rows"], shape["tokens"]) for shape in compared], HEADS)
-        except subprocess.CalledProcessError as error:
-            print(f"flash-linear-attention was not timed:\n{error.stderr}", file=sys.stderr)
-            return result
-        result["versions"]["fla-core"] = importlib.metadata.version("fla-core")
-        for shape, ms in zip(compared, times, strict=True):
-            shape["ms"] |= ms
-    return result
+
+
+def compare(result: dict[str, Any]) -> None:
+    """Adds flash-linear-attention's times to the shapes that it can take; where it fails, says so on stderr."""
+    compared = [shape for shape in result["shapes"] if shape["variant"] == dataclasses.asdict(PLOTTED[0])]
+    try:
+        times = fla.milliseconds([(shape["rows"], shape["tokens"]) for shape in compared], HEADS)
+    except subprocess.CalledProcessError as error:
+        print(f"flash-linear-attention was not timed:\n{error.stderr}", file=sys.stderr)
+        return
+    result["versions"]["fla-core"] = importlib.metadata.version("fla-core")
+    for shape, ms in zip(compared, times, strict=True):
+        shape["ms"] |= ms
 
 
 def table(result: dict[str, Any]) -> str:
@@ -350,19 +352,20 @@ def figure(result: dict[str, Any]) -> Any:
     """Time over length, one panel for each operation, one line for each implementation and pass: Matplotlib."""
     from matplotlib.figure import Figure
 
-    plotted = Figure(figsize=(10, 4.5), layout="constrained")
+    plotted = Figure(figsize=(12, 4.5), layout="constrained")
     plotted.suptitle(f"1 row, {HEADS} heads: {result['device']}")
     for variant, axes in zip(PLOTTED, plotted.subplots(1, len(PLOTTED), sharey=True), strict=True):
         shapes = [s for s in result["shapes"] if s["rows"] == 1 and s["variant"] == dataclasses.asdict(variant)]
         names = shapes[0]["ms"] if shapes else ()
         for i, name in enumerate(names):
             for part, style in zip(PASSES, ("-", "--"), strict=True):
-                ms = [shape["ms"][name][part] for shape in shapes]
+                points = [(shape["tokens"], shape["ms"][name][part]) for shape in shapes if name in shape["ms"]]
                 label = f"{name}, {part.replace('_', ' + ')}"
-                axes.plot([shape["tokens"] for shape in shapes], ms, style, marker="o", color=f"C{i}", label=label)
+                axes.plot(*zip(*points, strict=True), style, marker="o", color=f"C{i}", label=label)
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=str(variant))
         axes.grid(alpha=0.3)
-        axes.legend()
+    handles, labels = plotted.axes[0].get_legend_handles_labels()
+    plotted.legend(handles, labels, loc="outside right center")
     return plotted
 
 
@@ -388,6 +391,9 @@ def main() -> int:
         return 1
     result = run()
     write(result, options.output)
+    if fla.is_installed():
+        compare(result)
+        write(result, options.output)
     print(table(result))
     return 0
 

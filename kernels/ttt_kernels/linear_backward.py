@@ -256,8 +256,7 @@ def backward(
             d_b, d_gamma, d_beta = mini_batches.over_blocks(back_through_update, (next_d_b, d_gamma, d_beta))
             s = matrices()
             q_tokens, k_tokens = s.q_over_tokens.at[tokens], s.k_over_tokens.at[tokens]
-            if blocks.wide:
-                plgpu.commit_smem()  # all have read s.d_wt
+            plgpu.commit_smem()  # all have read s.wt and s.d_wt
             for start in range(0, dim, 64):
                 rows = pl.ds(start, 64)
                 d_wt = product((64, dim), (s.d_zq.at[rows], q_tokens), (s.d_zk.at[rows], k_tokens))

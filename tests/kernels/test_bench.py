@@ -18,11 +18,12 @@ TIMES = {"forward": 1.0, "forward_backward": 4.0}
 def result():
     times = {"pallas": TIMES, "scan": {part: 12 * ms for part, ms in TIMES.items()}}
     shapes = [
-        {"variant": dataclasses.asdict(variant), "rows": rows, "tokens": 8192, "heads": 32, "ms": dict(times)}
+        {"variant": dataclasses.asdict(variant), "rows": rows, "tokens": tokens, "heads": 32, "ms": dict(times)}
         for variant in bench.PLOTTED
-        for rows in (8, 1)
+        for rows, tokens in ((8, 8192), (1, 8192), (1, 16384))
     ]
-    shapes[0]["ms"]["fla_chunk"] = {part: 3 * ms for part, ms in TIMES.items()}
+    for shape in shapes[:2]:  # it could not take the longest
+        shape["ms"]["fla_chunk"] = {part: 3 * ms for part, ms in TIMES.items()}
     found = {name: {"out": 2e-3, "weights": 1e-3} for name in bench.IMPLEMENTATIONS}
     of_variants = {str(variant): found for variant in bench.PLOTTED}
     latency = {str(variant): 1e-6 for variant in bench.PLOTTED}
