@@ -25,6 +25,9 @@ TOKENS = Axes(0, 2)
 EACH = Axes(0, 1)
 """Of `[B, H, ...]`."""
 
+EACH_ROW = Axes(0, None)
+"""Of `[B, ...]`."""
+
 HEADS = Axes(None, 0)
 """Of `[H, ...]`."""
 
@@ -81,6 +84,5 @@ def _rule(ranks: Sequence[Sequence[int]], axes: Sequence[Sequence[Axes]]) -> tup
         ]
         for side, of_side in zip(ranks, axes, strict=True)
     ]
-    names = {name for side in sides for terms in side for name in terms}
     rule = " -> ".join(", ".join(" ".join(terms) for terms in side) for side in sides)
-    return rule, tuple(sorted(names - {"row", "head"}))
+    return rule, tuple(f"x{i}" for i in range(next(numbers)))  # in the order of the rule, as is demanded

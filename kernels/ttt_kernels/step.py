@@ -4,8 +4,6 @@ There are no matrix products, so all is float32, exact for tokens of any dtype. 
 computed with it: at best the step takes as long as to read the state once and to write it once.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_kernels import inner, interpreter
 from ttt_kernels.hopper import COLUMNS, ROWS, WGMMA, D, load, over_columns, over_rows
+from ttt_kernels.partitioned import EACH, EACH_ROW, HEADS, split
 
 Arrays = tuple[jax.Array, ...]
 
@@ -52,7 +51,7 @@ def ttt_step(
     Returns:
         out `[B, H, D]` float32, the weights, and G with the token's gradient.
     """
-    batch_size, num_heads, dim = q.shape
+    dim = q.shape[-1]
     count, slices = len(weights), weights[0].shape[-1] // D
 
     def body(q_g, k_g, q_in_g, k_in_g, v_g, lr_g, read_scale_g, update_scale_g, ln_scale_g, ln_bias_g, *refs):
@@ -140,14 +139,22 @@ def ttt_step(
         linear() if count == 2 else mlp()
 
     f32 = jnp.float32
-    of_state = tuple(jax.ShapeDtypeStruct(x.shape, f32) for x in weights)
-    results: Any = plgpu.kernel(
-        body,
-        out_type=(jax.ShapeDtypeStruct(q.shape, f32), *of_state, *of_state),
-        grid=(batch_size, num_heads),
-        grid_names=("row", "head"),
-        scratch_types=[] if count == 2 else [plgpu.SMEM((slices, D), f32), plgpu.SMEM((D,), f32)],
-        interpret=interpreter.parameters(),
-    )(q, k, q, k, v, lr, read_scale, update_scale, ln_scale, ln_bias, *weights, *gradient)
-    out, *state = results
+
+    def kernel(*arguments):
+        (batch_size, num_heads, _), state = arguments[0].shape, arguments[-2 * count :]
+        return plgpu.kernel(
+            body,
+            out_type=tuple(jax.ShapeDtypeStruct(x.shape, f32) for x in (arguments[0], *state)),
+            grid=(batch_size, num_heads),
+            grid_names=("row", "head"),
+            scratch_types=[] if count == 2 else [plgpu.SMEM((slices, D), f32), plgpu.SMEM((D,), f32)],
+            interpret=interpreter.parameters(),
+        )(*arguments)
+
+    out, *state = split(
+        kernel,
+        (q, k, q, k, v, lr, read_scale, update_scale, ln_scale, ln_bias, *weights, *gradient),
+        (*(EACH,) * 6, *(EACH_ROW,) * 2, *(HEADS,) * 2, *(EACH,) * 2 * count),
+        (EACH,) * (1 + 2 * count),
+    )
     return out, tuple(state[:count]), tuple(state[count:])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import ttt_kernels
+from jax.sharding import AxisType
 
 import ttt_jax
 from ttt_jax.layers.ttt import TTTConfig, TTTLayer
@@ -317,10 +318,12 @@ def test_what_the_kernels_cannot_take_is_told_and_left_to_the_scan(changes, mess
 
 
 @without_gpu
-def test_arrays_that_a_mesh_splits_are_told_to_use_shard_map(monkeypatch):
+def test_arrays_with_explicit_shardings_are_told_to_use_shard_map(monkeypatch):
+    """Others the compiler splits: `tests/kernels/test_partitioned.py`."""
     monkeypatch.setattr(ttt_jax.devices, "compute_capability", lambda: (9, 0))
-    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
-        assert "call it inside jax.shard_map" in ttt_jax.explain(make_params(), *make_tokens(32))
+    for kind, expected in ((AxisType.Explicit, "call it inside jax.shard_map"), (AxisType.Auto, "can take this call")):
+        with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(kind,))):
+            assert expected in ttt_jax.explain(make_params(), *make_tokens(32))
 
 
 @without_gpu

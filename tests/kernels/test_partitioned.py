@@ -68,6 +68,17 @@ def test_what_is_split_by_rows_and_heads_stays_so(kernel, arguments, mesh):
     assert "all-gather" not in compiled.as_text()
 
 
+def test_as_many_arguments_as_the_kernels_have(arguments, mesh):
+    def kernel(*arguments):
+        return (sum(jnp.mean(x, axis=(1, 3)) for x in arguments),)
+
+    given = 12 * arguments[:1]
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, SPLIT)) for x in given]
+        (got,) = jax.jit(lambda *arguments: split(kernel, arguments, 12 * [TOKENS], [EACH]))(*placed)
+    np.testing.assert_allclose(got, kernel(*given)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_one_device_and_one_devices_part_take_the_kernel_as_it_is(kernel, arguments, mesh):
     assert "custom_partitioning" not in str(jax.make_jaxpr(through(kernel))(*arguments))
     with jax.set_mesh(mesh):

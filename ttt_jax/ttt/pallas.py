@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from ttt_jax import devices
 from ttt_jax.ttt import scan
@@ -18,8 +19,7 @@ from ttt_jax.ttt.types import TTTMLPParams, TTTState
 
 FASTER_ON: frozenset[str] = frozenset({"NVIDIA H100 80GB HBM3"})
 """Kinds of devices on which the kernels were measured to be faster than the scan, forward and back: see
-kernels/README.md. There they are the default, at `MEASURED_HEAD_DIM`, but for steps of one token, which were not
-measured."""
+kernels/README.md. There they are the default at `MEASURED_HEAD_DIM`, but not for steps of one token."""
 
 MEASURED_HEAD_DIM = 64
 
@@ -64,10 +64,16 @@ def refusal(call: Call) -> str | None:
 
 
 def _refused_mesh() -> str | None:
+    from ttt_kernels import interpreter
+
     mesh = jax.sharding.get_abstract_mesh()
-    if any(size > 1 for name, size in mesh.shape.items() if name not in mesh.manual_axes):
-        return f"a kernel reads the arrays of one device, the mesh has {dict(mesh.shape)}: call it inside jax.shard_map"
-    return None
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    split = {name: kind for name, size, kind in axes if size > 1 and kind != AxisType.Manual}
+    if interpreter.parameters() is None and AxisType.Explicit not in split.values():
+        return None  # the compiler gives each device its rows and heads
+    reader = "the interpreter" if interpreter.parameters() is not None else "a kernel"
+    hint = f"the mesh has {dict(mesh.shape)}: call it inside jax.shard_map"
+    return f"{reader} reads the arrays of one device, {hint}" if split else None
 
 
 def _is_step(call: Call) -> bool:
