@@ -99,6 +99,19 @@ def test_recomputed_blocks_are_the_kept_ones(three_blocks, group, layers):
         )
 
 
+def test_the_loop_over_blocks_tells_the_diagnostics_of_each(three_blocks):
+    def sown(**changes):
+        model = VideoDiT(dataclasses.replace(CONFIG, num_layers=3, **changes))
+        apply = jax.jit(lambda params: model.apply({"params": params}, *inputs(1), mutable=["diagnostics"])[1])
+        return apply(three_blocks[0])
+
+    expected, got = sown(), sown(remat=True, remat_group=2)
+    assert len({float(x) for x in jax.tree.leaves(expected)}) > 3
+    for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+
+
 def test_what_is_recomputed():
     """Of three blocks in groups of two, the inputs of the first and the last are kept; in blocks, their layers'."""
 

@@ -25,6 +25,8 @@ MODULATION_INIT = nn.initializers.normal(0.02)
 MODULATED = ("video", "text")
 """The parts in the order of their vectors in a modulation."""
 MAX_PERIOD = 1e4
+DIAGNOSTICS = "diagnostics"
+"""The collection that TTT layers sow into."""
 
 View = Callable[[tuple[str, ...], Any], Any]
 """(names on the way to them, parameters) -> the same parameters as a layer is to see them."""
@@ -198,14 +200,12 @@ class VideoDiT(nn.Module):
             "text": self._dense(c.model_dim, "text_proj")(text.astype(dtype)),
             "video": self._dense(c.model_dim, "vid_proj")(_patches(video.astype(dtype), c.patch_size)),
         }
-        parts = self._scanned(parts, time) if self._is_scanned() else self._in_turn(parts, time)
+        is_scanned = c.remat and not self.is_initializing()
+        parts = self._scanned(parts, time) if is_scanned else self._in_turn(parts, time)
         x = LayerNorm(name="transformer_norm")(parts["video"])
         seen, _ = self._viewed(AdaptiveNorm, "final_layer")(c, gated=False)({"video": x}, time)
         x = self._dense(c.in_channels * c.patch_size**2, "final_linear")(seen["video"])
         return _video(x.astype(at_least_float32(dtype)), c.patch_size)
-
-    def _is_scanned(self) -> bool:
-        return self.config.remat and not self.is_initializing() and not self.is_mutable_collection("diagnostics")
 
     def _in_turn(self, parts: Parts, time: jax.Array) -> Parts:
         """The blocks one by one, each with parameters of its own, as in a checkpoint."""
@@ -218,16 +218,21 @@ class VideoDiT(nn.Module):
         c, block = self.config, Block(self.config, self.place, parent=None)
         layers = [self.variables["params"][f"layers_{i}"] for i in range(c.num_layers)]
 
+        kinds = [DIAGNOSTICS] if self.is_mutable_collection(DIAGNOSTICS) else []
+
         @jax.checkpoint
-        def run(parts: Parts, params: Any) -> tuple[Parts, None]:
+        def run(parts: Parts, params: Any) -> tuple[Parts, Any]:
             params = params if self.view is None else self.view(("layers_0",), params)
-            read: Any = block.apply({"params": params}, parts, time)
-            return read, None
+            return block.apply({"params": params}, parts, time, mutable=kinds)
 
         scan: Any = jax.lax.scan
         if c.remat_group > 1:
             scan = functools.partial(checkpointed_scan, every=c.remat_group)
-        return scan(run, parts, jax.tree.map(lambda *x: jnp.stack(x), *layers))[0]
+        parts, sown = scan(run, parts, jax.tree.map(lambda *x: jnp.stack(x), *layers))
+        for kind, of_layers in sown.items():
+            for i in range(c.num_layers):
+                self.put_variable(kind, f"layers_{i}", jax.tree.map(lambda x, i=i: x[i], of_layers))
+        return parts
 
     def _viewed(self, module: Any, name: str) -> Any:
         """A layer of that name which sees its parameters through `view`."""
