@@ -158,12 +158,11 @@ def _reported_shared_memory() -> Iterator[None]:
 
 
 def _directory_of_ptxas() -> str:
-    found = shutil.which("ptxas")
+    """Of the one that is installed beside JAX's compiler, whose version is fixed; else of that on PATH."""
+    packaged = [str(path) for root in sys.path for path in pathlib.Path(root).glob("nvidia/*/bin/ptxas")]
+    found = next(iter(packaged), shutil.which("ptxas"))
     if found is None:
-        packaged = [path for root in sys.path for path in pathlib.Path(root).glob("nvidia/*/bin/ptxas")]
-        if not packaged:
-            raise RuntimeError("ptxas is not installed; `make kernels-check` installs it")
-        found = str(packaged[0])
+        raise RuntimeError("ptxas is not installed; `make kernels-check` installs it")
     return str(pathlib.Path(found).parent)
 
 
