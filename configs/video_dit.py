@@ -118,7 +118,7 @@ def _published(config: Any, variant: str) -> None:
     config.data.update({name: getattr(stage, name) for name in ("num_frames", "num_scenes", "text_length")})
     config.model.update({"model_dim": 3072, "num_heads": 48, "num_layers": 42, "text_dim": 4096, "patch_size": 2})
     config.model.update({"in_channels": 16, "time_embed_dim": 512, "attn_length": 12, "ssm_layer": "ttt_mlp"})
-    config.model.update({"remat": True, "remat_layers": True})
+    config.model.remat = config.model.remat_layers = True
     config.optimizer.update(
         {
             "learning_rate": LEARNING_RATE,

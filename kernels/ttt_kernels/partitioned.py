@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 class Axes(NamedTuple):
@@ -35,6 +35,13 @@ SHARED = Axes(None, None)
 """Of what all rows and heads share."""
 
 
+def split_axes() -> dict[str, AxisType]:
+    """The current mesh's axes of several devices along which arrays may be split here, and their types."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: kind for name, size, kind in axes if size > 1 and kind != AxisType.Manual}
+
+
 def split(
     kernel: Callable[..., Any], arguments: Sequence[jax.Array], of_arguments: Sequence[Axes], of_results: Sequence[Axes]
 ) -> tuple[jax.Array, ...]:
@@ -46,8 +53,7 @@ def split(
         of_arguments: The axes of each argument; the first one has both.
         of_results: The axes of each result.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if all(size == 1 or name in mesh.manual_axes for name, size in mesh.shape.items()):
+    if not split_axes():
         return tuple(kernel(*arguments))
 
     def run(*arguments):

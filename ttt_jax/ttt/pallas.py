@@ -64,16 +64,17 @@ def refusal(call: Call) -> str | None:
 
 
 def _refused_mesh() -> str | None:
-    from ttt_kernels import interpreter
+    from ttt_kernels import interpreter, partitioned
 
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    split = {name: kind for name, size, kind in axes if size > 1 and kind != AxisType.Manual}
-    if interpreter.parameters() is None and AxisType.Explicit not in split.values():
-        return None  # the compiler gives each device its rows and heads
-    reader = "the interpreter" if interpreter.parameters() is not None else "a kernel"
-    hint = f"the mesh has {dict(mesh.shape)}: call it inside jax.shard_map"
-    return f"{reader} reads the arrays of one device, {hint}" if split else None
+    axes = partitioned.split_axes()
+    if interpreter.parameters() is not None:
+        reader = "the interpreter" if axes else None
+    else:  # the compiler gives each device its rows and heads, but not of explicit axes
+        reader = "a kernel" if AxisType.Explicit in axes.values() else None
+    if reader is None:
+        return None
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    return f"{reader} reads the arrays of one device, the mesh has {mesh}: call it inside jax.shard_map"
 
 
 def _is_step(call: Call) -> bool:
@@ -165,11 +166,14 @@ def _step_kernel(call: Call) -> tuple[jax.Array, TTTState]:
 def _whole_mini_batches(call: Call, part: _Part, state: TTTState) -> tuple[jax.Array, TTTState]:
     import ttt_kernels
 
-    operation: Any = ttt_kernels.ttt_linear
-    blocks: Any = ttt_kernels.LinearBlocks.choose(call.mini_batch_size, call.remat_every, call.q.shape[-1])
+    operation: Any
+    blocks: Any
     if isinstance(call.params, TTTMLPParams):
         operation = ttt_kernels.ttt_mlp
         blocks = ttt_kernels.MLPBlocks.choose(call.mini_batch_size, call.remat_every)
+    else:
+        operation = ttt_kernels.ttt_linear
+        blocks = ttt_kernels.LinearBlocks.choose(call.mini_batch_size, call.remat_every, call.q.shape[-1])
     # In bfloat16 before anything moves, which halves what does.
     q, k, v = (x.astype(jnp.bfloat16) for x in (call.q, call.k, call.v))
     call = _call_of(call._replace(q=q, k=k, v=v), part, state)
