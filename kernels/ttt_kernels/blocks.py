@@ -1,6 +1,9 @@
 """Block sizes of the kernels, and what picks them."""
 
 import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
 
 from ttt_kernels.hopper import TILE, D
 
@@ -15,7 +18,7 @@ class LinearBlocks:
             them the backward kernel keeps the weights, 8 KiB of global memory for each row and head; 32 at D = 128.
         columns: tokens of a mini-batch that the backward kernel has in registers at once; the forward kernel, if wide.
         register_operands: left operands go from registers into the forward kernel's products, not through SMEM; never
-            if wide.
+            if wide, nor for float32 tokens.
         fused_update: the update of the weights accumulates onto them inside of a product: in the forward kernel, and
             if wide also where the backward kernel walks forward.
         wide: for D = 128, where registers and SMEM hold no second float32 matrix. Weights move directly between
@@ -36,10 +39,17 @@ class LinearBlocks:
         return dataclasses.replace(self, register_operands=False, fused_update=False, hidden_addresses=False)
 
     @classmethod
-    def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int, head_dim: int = D) -> "LinearBlocks":
+    def choose(
+        cls, mini_batch_size: int, mini_batches_per_checkpoint: int, head_dim: int = D, dtype: Any = jnp.bfloat16
+    ) -> "LinearBlocks":
         """For a call: as many tiles between checkpoints as wanted."""
         tiles, wide = _tiles(mini_batches_per_checkpoint, mini_batch_size), head_dim > D
-        return cls(tiles_per_checkpoint=tiles, wide=wide, hidden_addresses=wide)
+        return cls(
+            tiles_per_checkpoint=tiles,
+            wide=wide,
+            hidden_addresses=wide,
+            register_operands=not wide and dtype == jnp.bfloat16,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +75,13 @@ class MLPBlocks:
         return dataclasses.replace(self, interpreted=True)
 
     @classmethod
-    def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int) -> "MLPBlocks":
-        """For a call: at C = 16 one stage, so that an SM holds two thread blocks of the forward kernel."""
+    def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int, dtype: Any = jnp.bfloat16) -> "MLPBlocks":
+        """For a call: at C = 16 one stage, so that an SM holds two thread blocks of the forward kernel.
+
+        For float32 tokens too, or SMEM would not hold one.
+        """
         tiles = _tiles(mini_batches_per_checkpoint, mini_batch_size)
-        return cls(stages=1 if mini_batch_size == 16 else 2, tiles_per_checkpoint=tiles)
+        return cls(stages=1 if mini_batch_size == 16 or dtype == jnp.float32 else 2, tiles_per_checkpoint=tiles)
 
 
 _MOST = 16

@@ -38,6 +38,7 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     from ttt_kernels import linear_backward, linear_forward, mlp_backward, mlp_forward
     from ttt_kernels.blocks import LinearBlocks, MLPBlocks
     from ttt_kernels.cluster import SLICES
+    from ttt_kernels.operations import FLOAT32_HEAD_DIMS
     from ttt_kernels.step import ttt_step
 
     batch_size, num_tokens, num_heads = 2, 1024, 4
@@ -60,13 +61,17 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     }
     found = {}
     for (name, suffix), (dim, choose, forward, backward, weights, of_step) in models.items():
-        tokens = jax.ShapeDtypeStruct((batch_size, num_tokens, num_heads, dim), jnp.bfloat16)
+        tokens, float32_tokens = (
+            jax.ShapeDtypeStruct((batch_size, num_tokens, num_heads, dim), dtype)
+            for dtype in (jnp.bfloat16, jnp.float32)
+        )
         ln = (jax.ShapeDtypeStruct((num_heads, dim), jnp.float32),) * 2
         for c, causal in ((16, True), (16, False), (64, True), (64, False)):
             blocks = choose(c, mini_batches_per_checkpoint=num_tokens)  # the most SMEM
             options = {"causal": causal, "eps": 1e-6, "blocks": blocks, "interpret": False}
             scale = jax.ShapeDtypeStruct((c,), jnp.float32)
-            inputs = (tokens, tokens, tokens, array(num_tokens), array(num_tokens), scale)
+            others = (array(num_tokens), array(num_tokens), scale)
+            inputs = (*(tokens,) * 3, *others)
             at_end = tuple(array(*shape) for shape in weights)
             kept = tuple(array(-(-num_tokens // 64 // blocks.tiles_per_checkpoint), *shape) for shape in weights)
             variant = f"{'causal' if causal else 'full'}_c{c}{suffix}"
@@ -74,6 +79,12 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
                 functools.partial(forward, keep=True, **options),
                 (*inputs, *at_end, *ln),
             )
+            if dim in FLOAT32_HEAD_DIMS:
+                options_of_float32 = options | {"blocks": choose(c, 1, dtype=jnp.float32)}
+                found[f"{name}_forward_{variant}_float32"] = (
+                    functools.partial(forward, keep=False, **options_of_float32),
+                    (*(float32_tokens,) * 3, *others, *at_end, *ln),
+                )
             arguments = (*inputs, *kept, *ln, tokens, *at_end)
             found[f"{name}_backward_{variant}"] = functools.partial(backward, **options), arguments
         state, scale = tuple(array(*shape) for shape in of_step), jax.ShapeDtypeStruct((batch_size,), jnp.float32)

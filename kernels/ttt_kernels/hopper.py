@@ -2,8 +2,11 @@
 
 A mini-batch lives in registers as [D, C]: features are rows, tokens columns. A Hopper matrix product (wgmma) has 64
 rows, which D fills and C = 16 would not. Vectors over features are `ROWS`, vectors over tokens `COLUMNS`.
+
+Products read bfloat16. A float32 number is read as the sum of two, itself rounded and what that left over: 16 bits.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -79,16 +82,107 @@ def over_rows(columns: jax.Array, num_rows: int = 64) -> jax.Array:
     return lax.broadcast_in_dim(columns, (num_rows, columns.shape[0]), [1])
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A matrix in SMEM that products read, in one part or in two, of which the second has what the first left over.
+
+    Attributes:
+        parts: Of scratch, references to bfloat16.
+    """
+
+    parts: tuple[Any, ...]
+
+    @classmethod
+    def scratch(cls, parts: int, shape: tuple[int, ...], transforms: Any) -> Any:
+        """A kernel's scratch, which the kernel gets as a `Matrix`."""
+        return cls((plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms),) * parts)
+
+    def __getitem__(self, at: Any) -> "Matrix":
+        """A view."""
+        return Matrix(tuple(part.at[at] for part in self.parts))
+
+    @property
+    def T(self) -> "Matrix":
+        """A view."""
+        return Matrix(tuple(part.T for part in self.parts))
+
+    def write(self, value: jax.Array) -> None:
+        """`value` is float32."""
+        for part, rounded in zip(self.parts, split(value, len(self.parts)), strict=True):
+            part[...] = rounded
+
+    def read(self) -> jax.Array:
+        """Float32, in registers."""
+        return sum((load(part).astype(jnp.float32) for part in self.parts[1:]), load(self.parts[0]).astype(jnp.float32))
+
+
+def parts_of(dtype: Any) -> int:
+    """Into how many bfloat16 numbers one of `dtype` is split."""
+    return 1 if dtype == jnp.bfloat16 else 2
+
+
+def split(value: jax.Array, parts: int) -> list[jax.Array]:
+    """In a kernel: bfloat16 numbers whose sum is `value`, but for what the last leaves over."""
+    found = []
+    for _ in range(parts):
+        found.append(value.astype(jnp.bfloat16))
+        value = value - found[-1].astype(jnp.float32)
+    return found
+
+
+def stacked(x: jax.Array) -> jax.Array:
+    """`[B, ...]` to a kernel's argument: all first parts, then all second ones, `[parts * B, ...]` bfloat16."""
+    if parts_of(x.dtype) == 1:
+        return x
+    first = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # XLA would leave out a cast there and back
+    return jnp.concatenate([first, x - first]).astype(jnp.bfloat16)
+
+
+def joined(x: jax.Array, dtype: Any) -> jax.Array:
+    """Back from `stacked`."""
+    parts = parts_of(dtype)
+    return x.astype(dtype).reshape(parts, -1, *x.shape[1:]).sum(axis=0) if parts > 1 else x
+
+
 def product(shape: tuple[int, int], *pairs) -> jax.Array:
-    """Sum of the products of the pairs, float32; right operands are in SMEM."""
+    """Sum of the products of the pairs, float32; right operands are in SMEM.
+
+    An operand is a `Matrix`, or a reference or registers, which are one part.
+    """
 
     def accumulate(acc) -> Any:
         for a, b in pairs:
-            plgpu.wgmma(acc, a, b)
+            multiply(acc, a, b)
         return acc[...]
 
     result: Any = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     return result
+
+
+def multiply(acc, a, b) -> None:
+    """Adds a product to an accumulator; the parts' least product, that of what both left over, is left out."""
+    a, b = (x.parts if isinstance(x, Matrix) else (x,) for x in (a, b))
+    for i, x in enumerate(a):
+        for y in b[: max(len(a), len(b)) - i]:
+            plgpu.wgmma(acc, x, y)
+
+
+def copy_tokens(source, at: tuple[Any, Any, Any], target: Matrix, barrier) -> None:
+    """`at` a row, tokens and head, from `[parts * B, T, H, D]` in global memory to SMEM."""
+    for i, part in enumerate(target.parts):
+        plgpu.copy_gmem_to_smem(source.at[*_of_part(i, source, target, at)], part, barrier)
+
+
+def copy_tokens_back(source: Matrix, target, at: tuple[Any, Any, Any]) -> None:
+    """From SMEM to global memory."""
+    for i, part in enumerate(source.parts):
+        plgpu.copy_smem_to_gmem(part, target.at[*_of_part(i, target, source, at)])
+
+
+def _of_part(i: int, ref, matrix: Matrix, at: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    row, *others = at
+    return row + i * (ref.shape[0] // len(matrix.parts)) if i else row, *others
 
 
 def fetch(barrier, *copies: tuple[Any, Any]) -> None:

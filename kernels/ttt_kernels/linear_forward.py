@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import LinearBlocks
-from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, load, over_columns, over_rows, product
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, Matrix, load, over_columns, over_rows, product
 from ttt_kernels.tiles import MiniBatches
 
 
@@ -25,7 +25,7 @@ def forward(
     """Outputs and final weights, and for the backward kernel the weights at each checkpoint.
 
     Args:
-        q: `[B, T, H, D]` bfloat16, D = 64 or 128, T a multiple of `TILE`.
+        q: `[B, T, H, D]` bfloat16, D = 64 or 128, or float32, D = 64; T a multiple of `TILE`.
         k: as q.
         v: as q.
         lr_read: `[B, H, T]` float32, step size of each token as readers of its mini-batch see it.
@@ -42,7 +42,7 @@ def forward(
         interpret: parameters of the interpreter, None for a GPU.
 
     Returns:
-        out `[B, T, H, D]` bfloat16, wt and b at the end; where kept, both at each checkpoint: `[B, H, N, ...]`.
+        out `[B, T, H, D]` in q's dtype, wt and b at the end; where kept, both at each checkpoint: `[B, H, N, ...]`.
     """
     batch_size, num_tokens, num_heads, dim = q.shape
     c = scale.shape[0]
@@ -51,7 +51,8 @@ def forward(
     num_tiles = num_tokens // TILE
     num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
     stages = min(blocks.stages, num_tiles)
-    f32, bf16 = jnp.float32, jnp.bfloat16
+    f32, parts = jnp.float32, hopper.parts_of(q.dtype)
+    of_tokens = [hopper.stacked(x) for x in (q, k, v)]
     rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
     of_checkpoints = (
         (shape((*rows, num_checkpoints, dim, dim), f32), shape((*rows, num_checkpoints, dim), f32)) if keep else ()
@@ -72,7 +73,7 @@ def forward(
         def fetch(i, slot):
             tokens = pl.ds(i * TILE, TILE)
             for source, target in ((q_g, q_s), (k_g, k_s), (v_g, v_s)):
-                plgpu.copy_gmem_to_smem(source.at[row, tokens, head], target.at[slot], tile_barriers.at[slot])
+                hopper.copy_tokens(source, (row, tokens, head), target[slot], tile_barriers.at[slot])
             for source, target in ((lr_read_g, lr_read_s), (lr_update_g, lr_update_s)):
                 plgpu.copy_gmem_to_smem(source.at[row, head, tokens], target.at[slot], tile_barriers.at[slot])
 
@@ -105,22 +106,21 @@ def forward(
                     save(weights, *(ref.at[row, head, lax.div(i, blocks.tiles_per_checkpoint)] for ref in kept_g))
 
             plgpu.barrier_wait(tile_barriers.at[slot])
-            q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
-            mixing_s, k_step_s = (ref.at[zero()] if blocks.wide else ref for ref in (mixings_s, k_steps_s))
+            q_t, k_t, v_t = q_s[slot], k_s[slot], v_s[slot]
+            mixing_s, k_step_s = (matrix[zero()] if blocks.wide else matrix for matrix in (mixings_s, k_steps_s))
             # [source, reader]: minus the step that a reader takes along a source's gradient.
             attention = product((TILE, TILE), (k_t, q_t.T))
             source = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
             reader = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
             steps = over_columns(load(lr_read_s.at[slot], ROWS), TILE) * over_rows(load(scale_s, COLUMNS))
             mixing = -(attention + 1.0) * steps
-            mixing_s[...] = (jnp.where(reader >= source, mixing, 0.0) if causal else mixing).astype(bf16)
-            k_step = load(k_t).astype(f32) * over_columns(load(lr_update_s.at[slot], ROWS), dim)
-            k_step_s[...] = (-k_step).astype(bf16)
+            mixing_s.write(jnp.where(reader >= source, mixing, 0.0) if causal else mixing)
+            k_step_s.write(-(k_t.read() * over_columns(load(lr_update_s.at[slot], ROWS), dim)))
             plgpu.commit_smem()
 
             def inner_gradient(operand, b, at):
-                k_b, v_b = k_t.at[at].T, v_t.at[at].T
-                target = load(v_b).astype(f32) - load(k_b).astype(f32)
+                k_b = k_t[at].T
+                target = v_t[at].T.read() - k_b.read()
                 z = product((dim, n), (operand, k_b)) + over_columns(b, n)
                 return inner.inner_gradient(z, target, gamma, beta, eps).g
 
@@ -128,33 +128,33 @@ def forward(
                 return b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS), dim)).sum(axis=1)
 
             def output(z_q, at):
-                return load(q_t.at[at].T).astype(f32) + gamma * inner.normalize(z_q, eps)[0] + beta
+                return q_t[at].T.read() + gamma * inner.normalize(z_q, eps)[0] + beta
 
             def mini_batch(m, weights):
                 wt, b = weights
                 at = pl.ds(m * c, c)
-                operand = operand_of(wt, wt_operands_s.at[0], blocks)
+                operand = operand_of(wt, wt_operands_s, blocks)
                 g = inner_gradient(operand, b, at)
-                g_operand = operand_of(g, g_operands_s.at[0], blocks)
-                z_q = product((dim, n), (operand, q_t.at[at].T), (g_operand, mixing_s.at[at, at])) + over_columns(b, n)
-                wt = updated(wt, g_operand, k_step_s.at[at], blocks)
+                g_operand = operand_of(g, g_operands_s, blocks)
+                z_q = product((dim, n), (operand, q_t[at].T), (g_operand, mixing_s[at, at])) + over_columns(b, n)
+                wt = updated(wt, g_operand, k_step_s[at], blocks)
                 b = updated_bias(b, g, at)
                 out = output(z_q, at)
                 if m == 0:
                     plgpu.wait_smem_to_gmem(0)  # of the tile before
-                out_s.at[at].T[...] = out.astype(bf16)
+                out_s[at].T.write(out)
                 return wt, b
 
             def mini_batch_in_blocks(m, weights):
                 wt, b = weights
-                wt_s, g_s = wt_operands_s.at[zero()], g_operands_s.at[zero()]
-                wt_s[...] = wt.astype(bf16)
+                wt_s, g_s = wt_operands_s[zero()], g_operands_s[zero()]
+                wt_s.write(wt)
                 plgpu.commit_smem()
 
                 def read_keys(i, new_b):
                     at = mini_batches.block(m, i)
                     g = inner_gradient(wt_s, b, at)
-                    g_s.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
+                    g_s[:, mini_batches.block(0, i)].write(g)
                     return updated_bias(new_b, g, at)
 
                 new_b = mini_batches.over_blocks(read_keys, b)
@@ -163,11 +163,11 @@ def forward(
 
                 def read(i, _):
                     at = mini_batches.block(m, i)
-                    z_q = product((dim, n), (wt_s, q_t.at[at].T), (g_s, mixing_s.at[tokens, at])) + over_columns(b, n)
-                    out_s.at[at].T[...] = output(z_q, at).astype(bf16)
+                    z_q = product((dim, n), (wt_s, q_t[at].T), (g_s, mixing_s[tokens, at])) + over_columns(b, n)
+                    out_s[at].T.write(output(z_q, at))
 
                 mini_batches.over_blocks(read, None)
-                return updated(wt, g_s, k_step_s.at[tokens], blocks), new_b
+                return updated(wt, g_s, k_step_s[tokens], blocks), new_b
 
             if blocks.wide:
                 plgpu.wait_smem_to_gmem(0)  # of the tile before
@@ -176,7 +176,7 @@ def forward(
                 for m in range(mini_batches.per_tile):
                     weights = mini_batch(m, weights)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s, out_g.at[row, pl.ds(i * TILE, TILE), head])
+            hopper.copy_tokens_back(out_s, out_g, (row, pl.ds(i * TILE, TILE), head))
 
             @pl.when(i + stages < num_tiles)
             def _():
@@ -189,14 +189,18 @@ def forward(
         plgpu.wait_smem_to_gmem(0)
         save(weights, wt_end_g.at[row, head], b_end_g.at[row, head])
 
-    tokens = plgpu.SMEM((stages, TILE, dim), bf16, transforms=hopper.OVER_FEATURES)
+    def matrix(*shape: int, transforms: Any = hopper.OVER_FEATURES) -> Any:
+        return Matrix.scratch(parts, shape, transforms)
+
+    tokens, summed = matrix(stages, TILE, dim), hopper.over_tokens(n)
+    slots = (1,) if blocks.wide else ()
     steps = plgpu.SMEM((stages, TILE), f32)
     vector = plgpu.SMEM((dim,), f32)
     wt_or_zero = hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32)
-    return plgpu.kernel(
+    out, *rest = plgpu.kernel(
         body,
         out_type=(
-            shape(q.shape, bf16),
+            shape(of_tokens[0].shape, jnp.bfloat16),
             shape(wt.shape, f32),
             shape(b.shape, f32),
             *of_checkpoints,
@@ -206,33 +210,30 @@ def forward(
         scratch_types=[
             *(tokens, tokens, tokens, steps, steps),
             plgpu.SMEM((TILE,), f32),
-            *(
-                plgpu.SMEM((*((1,) if blocks.wide else ()), TILE, size), bf16, transforms=hopper.over_tokens(n))
-                for size in (TILE, dim)
-            ),
-            plgpu.SMEM((TILE, dim), bf16, transforms=hopper.OVER_FEATURES),
+            *(matrix(*slots, TILE, size, transforms=summed) for size in (TILE, dim)),
+            matrix(TILE, dim),
             *(vector, vector, vector, wt_or_zero),
-            plgpu.SMEM((1, dim, dim), bf16, transforms=hopper.OVER_FEATURES),
-            plgpu.SMEM((1, dim, c), bf16, transforms=hopper.over_tokens(n)),
-            plgpu.Barrier(num_arrivals=5, num_barriers=stages),
+            *(matrix(*slots, dim, dim), matrix(*slots, dim, c, transforms=summed)),
+            plgpu.Barrier(num_arrivals=3 * parts + 2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=4 if blocks.wide else 5),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=parts == 1),
         interpret=interpret,
-    )(q, k, v, lr_read, lr_update, jnp.tile(scale, TILE // c), wt, b, ln_scale, ln_bias)
+    )(*of_tokens, lr_read, lr_update, jnp.tile(scale, TILE // c), wt, b, ln_scale, ln_bias)
+    return hopper.joined(out, q.dtype), *rest
 
 
-def operand_of(value, ref, blocks: LinearBlocks):
-    """`value` in bfloat16 as a left operand: in registers, or in SMEM."""
+def operand_of(value, matrix: Matrix, blocks: LinearBlocks):
+    """`value` as a left operand: in registers, in bfloat16, or in SMEM."""
     if blocks.register_operands:
         return value.astype(jnp.bfloat16)
-    ref[...] = value.astype(jnp.bfloat16)
+    matrix.write(value)
     plgpu.commit_smem()
-    return ref
+    return matrix
 
 
 def updated(wt, left, right, blocks: LinearBlocks) -> Any:
     """`wt` plus a product."""
     if not blocks.fused_update:
         return wt + product(wt.shape, (left, right))
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, left, right))(plgpu.WGMMAAccumulatorRef.init(wt))
+    return pl.run_state(lambda acc: hopper.multiply(acc, left, right))(plgpu.WGMMAAccumulatorRef.init(wt))

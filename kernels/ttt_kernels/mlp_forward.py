@@ -15,24 +15,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import MLPBlocks
 from ttt_kernels.cluster import AXIS, SLICES, Exchange
-from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, Matrix, load, over_columns, over_rows, product
 from ttt_kernels.tiles import MiniBatches
 
 
 class _Matrices(NamedTuple):
-    """Operands in SMEM, bfloat16."""
+    """Operands in SMEM."""
 
-    out: Any  # [TILE, 64]
-    w1: Any  # [64, 64], rows are outputs
-    w2: Any
-    x: Any  # [TILE, 64], the hidden layer
-    x_q: Any  # [64, columns], that of readers
-    g1: Any  # [64, C], gradients by the layers' outputs, and times minus the step size
-    g1_step: Any
-    g2: Any
-    g2_step: Any
-    mixing1: Any  # [TILE, columns]: (source, reader), minus the steps that readers take along gradients of a layer
-    mixing2: Any
+    out: Matrix  # [TILE, 64]
+    w1: Matrix  # [64, 64], rows are outputs
+    w2: Matrix
+    x: Matrix  # [TILE, 64], the hidden layer
+    x_q: Matrix  # [64, columns], that of readers
+    g1: Matrix  # [64, C], gradients by the layers' outputs, and times minus the step size
+    g1_step: Matrix
+    g2: Matrix
+    g2_step: Matrix
+    mixing1: Matrix  # [TILE, columns]: (source, reader), minus the steps that readers take along gradients of a layer
+    mixing2: Matrix
 
 
 def forward(
@@ -48,7 +48,7 @@ def forward(
         b2: `[B, H, 64]` float32.
 
     Returns:
-        out `[B, T, H, 64]` bfloat16 and the weights at the end; where kept, the weights at each checkpoint:
+        out `[B, T, H, 64]` in q's dtype and the weights at the end; where kept, the weights at each checkpoint:
         `[B, H, N, ...]`.
     """
     batch_size, num_tokens, num_heads, _ = q.shape
@@ -58,9 +58,10 @@ def forward(
     num_tiles = num_tokens // TILE
     num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
     stages = min(blocks.stages, num_tiles)
-    f32, bf16 = jnp.float32, jnp.bfloat16
+    f32, parts = jnp.float32, hopper.parts_of(q.dtype)
+    of_tokens = [hopper.stacked(x) for x in (q, k, v)]
     rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
-    exchange = Exchange(n, blocks.interpreted)
+    exchange = Exchange(n, blocks.interpreted, at_once=2 if parts == 1 or c == n else 1)
     of_sums = exchange.results(rows)
     of_weights = tuple(shape(x.shape, f32) for x in (w1t, b1, w2t, b2))
     of_checkpoints = tuple(shape((*rows, num_checkpoints, *x.shape[2:]), f32) for x in of_weights) if keep else ()
@@ -80,7 +81,7 @@ def forward(
 
         def matrices() -> _Matrices:
             at = zero()
-            return _Matrices(*(ref.at[at] for ref in of_matrices))
+            return _Matrices(*(matrix[at] for matrix in of_matrices))
 
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
         sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero)
@@ -88,7 +89,7 @@ def forward(
         def fetch(i, slot):
             tokens = pl.ds(i * TILE, TILE)
             for source, target in ((q_g, q_s), (k_g, k_s), (v_g, v_s)):
-                plgpu.copy_gmem_to_smem(source.at[row, tokens, head], target.at[slot], tile_barriers.at[slot])
+                hopper.copy_tokens(source, (row, tokens, head), target[slot], tile_barriers.at[slot])
             for source, target in ((lr_read_g, lr_read_s), (lr_update_g, lr_update_s)):
                 plgpu.copy_gmem_to_smem(source.at[row, head, tokens], target.at[slot], tile_barriers.at[slot])
 
@@ -116,28 +117,29 @@ def forward(
             w1t, b1, w2t, b2 = weights
             s = matrices()
             tokens = mini_batches.tokens(m)
-            q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
-            s.w1[...], s.w2[...] = w1t.astype(bf16), w2t.astype(bf16)
+            q_t, k_t, v_t = q_s[slot], k_s[slot], v_s[slot]
+            s.w1.write(w1t)
+            s.w2.write(w2t)
             plgpu.commit_smem()
 
             def learn(i, steps):
                 step1, step2 = steps
                 s = matrices()
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                k_b = k_t.at[at].T
+                k_b = k_t[at].T
                 z1 = product((D, n), (s.w1, k_b)) + over_columns(b1, n)
-                s.x.at[at].T[...] = inner.gelu(z1).astype(bf16)
+                s.x[at].T.write(inner.gelu(z1))
                 plgpu.commit_smem()
-                (z2,) = sums(lambda: product((D, n), (s.w2, s.x.at[at].T)))
-                target = load(v_t.at[at].T).astype(f32) - load(k_b).astype(f32)
+                (z2,) = sums(lambda: product((D, n), (s.w2, s.x[at].T)))
+                target = v_t[at].T.read() - k_b.read()
                 g2 = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps).g
                 lr = over_rows(load(lr_update_s.at[slot, at], COLUMNS))
-                s.g2.at[:, block][...] = g2.astype(bf16)
-                s.g2_step.at[:, block][...] = (-(g2 * lr)).astype(bf16)
+                s.g2[:, block].write(g2)
+                s.g2_step[:, block].write(-(g2 * lr))
                 plgpu.commit_smem()
-                g1 = product((D, n), (s.w2.T, s.g2.at[:, block])) * inner.gelu_gradient(z1)
-                s.g1.at[:, block][...] = g1.astype(bf16)
-                s.g1_step.at[:, block][...] = (-(g1 * lr)).astype(bf16)
+                g1 = product((D, n), (s.w2.T, s.g2[:, block])) * inner.gelu_gradient(z1)
+                s.g1[:, block].write(g1)
+                s.g1_step[:, block].write(-(g1 * lr))
                 return step1 + (g1 * lr).sum(axis=1), step2 + (g2 * lr).sum(axis=1)
 
             nothing = jnp.zeros_like(b1)
@@ -147,27 +149,27 @@ def forward(
             def read(i, carry):
                 s = matrices()
                 at = mini_batches.block(m, i)
-                q_b = q_t.at[at].T
+                q_b = q_t[at].T
                 is_seen = mini_batches.is_seen(m, i, causal=causal)
                 steps = over_columns(load(lr_read_s.at[slot], ROWS), n)
                 steps = jnp.where(is_seen, -steps * over_rows(load(scale_s.at[mini_batches.block(0, i)], COLUMNS)), 0.0)
-                s.mixing1[...] = _mixing(product((TILE, n), (k_t, q_b)), steps)
+                s.mixing1.write(_mixing(product((TILE, n), (k_t, q_b)), steps))
                 plgpu.commit_smem()
-                z1 = product((D, n), (s.w1, q_b), (s.g1, s.mixing1.at[tokens])) + over_columns(b1, n)
-                s.x_q[...] = inner.gelu(z1).astype(bf16)
+                z1 = product((D, n), (s.w1, q_b), (s.g1, s.mixing1[tokens])) + over_columns(b1, n)
+                s.x_q.write(inner.gelu(z1))
                 plgpu.commit_smem()
                 attention, z2 = sums(lambda: product((TILE, n), (s.x, s.x_q)), lambda: product((D, n), (s.w2, s.x_q)))
-                s.mixing2[...] = _mixing(attention, steps)
+                s.mixing2.write(_mixing(attention, steps))
                 plgpu.commit_smem()
-                z2 = z2 + product((D, n), (s.g2, s.mixing2.at[tokens])) + over_columns(b2, n)
-                out = load(q_b).astype(f32) + gamma * inner.normalize(z2, eps)[0] + beta
-                s.out.at[at].T[...] = out.astype(bf16)
+                z2 = z2 + product((D, n), (s.g2, s.mixing2[tokens])) + over_columns(b2, n)
+                out = q_b.read() + gamma * inner.normalize(z2, eps)[0] + beta
+                s.out[at].T.write(out)
                 return carry
 
             mini_batches.over_blocks(read, 0)
             s = matrices()
-            w1t = w1t + product((D, D), (s.g1_step, k_t.at[tokens]))
-            w2t = w2t + product((D, D), (s.g2_step, s.x.at[tokens]))
+            w1t = w1t + product((D, D), (s.g1_step, k_t[tokens]))
+            w2t = w2t + product((D, D), (s.g2_step, s.x[tokens]))
             return w1t, b1 - step1, w2t, b2 - step2
 
         def tile(i, weights):
@@ -189,7 +191,7 @@ def forward(
 
             @pl.when(own == 0)
             def _():
-                plgpu.copy_smem_to_gmem(matrices().out, out_g.at[row, pl.ds(i * TILE, TILE), head])
+                hopper.copy_tokens_back(matrices().out, out_g, (row, pl.ds(i * TILE, TILE), head))
 
             @pl.when(i + stages < num_tiles)
             def _():
@@ -209,13 +211,13 @@ def forward(
         exchange.finish(of_exchange)
 
     def matrix(*shape: int) -> Any:
-        return plgpu.SMEM(shape, bf16, transforms=hopper.over_tokens(n))
+        return Matrix.scratch(parts, shape, hopper.over_tokens(n))
 
     tokens, operand = matrix(stages, TILE, D), matrix(1, D, c)
     steps, vector = plgpu.SMEM((stages, TILE), f32), plgpu.SMEM((D,), f32)
-    results = plgpu.kernel(
+    out, *results = plgpu.kernel(
         body,
-        out_type=(shape(q.shape, bf16), *of_weights, *of_checkpoints, *of_sums),
+        out_type=(shape(of_tokens[0].shape, jnp.bfloat16), *of_weights, *of_checkpoints, *of_sums),
         grid=rows,
         grid_names=("row", "head"),
         cluster=(SLICES,),
@@ -223,18 +225,18 @@ def forward(
         scratch_types=[
             *(tokens, tokens, tokens, steps, steps, plgpu.SMEM((c,), f32)),
             *(vector, vector, hopper.HIDDEN_ZERO),
-            plgpu.Barrier(num_arrivals=5, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=3 * parts + 2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=3),
             *(matrix(1, TILE, D), matrix(1, D, D), matrix(1, D, D), matrix(1, TILE, D)),
             *(matrix(1, D, n), operand, operand, operand, operand, matrix(1, TILE, n), matrix(1, TILE, n)),
             *exchange.scratch(),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=parts == 1),
         interpret=interpret,
-    )(q, k, v, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
-    return results[: len(results) - len(of_sums)]
+    )(*of_tokens, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
+    return hopper.joined(out, q.dtype), *results[: len(results) - len(of_sums)]
 
 
 def _mixing(attention: jax.Array, steps: jax.Array) -> jax.Array:
     """What readers take of sources' gradients; where one sees none, `attention` may be anything."""
-    return jnp.where(steps == 0.0, 0.0, (attention + 1.0) * steps).astype(jnp.bfloat16)
+    return jnp.where(steps == 0.0, 0.0, (attention + 1.0) * steps)

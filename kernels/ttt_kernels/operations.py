@@ -17,6 +17,9 @@ MINI_BATCH_SIZES = (16, 64)
 HEAD_DIMS = {"linear": (D, 2 * D), "mlp": (D,)}
 """Of each model."""
 
+FLOAT32_HEAD_DIMS = (D,)
+"""Of both, on float32 tokens: SMEM holds no more."""
+
 HIDDEN_UNITS = SLICES * D
 """Of TTT-MLP."""
 
@@ -69,7 +72,7 @@ def ttt_linear(
     weights as they are.
 
     Args:
-        q: `[B, T, H, D]` bfloat16; T is a multiple of C.
+        q: `[B, T, H, D]` bfloat16, or at D = 64 float32; T is a multiple of C.
         k: as q.
         v: as q.
         lr_read: `[B, T, H]` float32.
@@ -84,19 +87,21 @@ def ttt_linear(
         blocks: block sizes; None takes the default.
 
     Returns:
-        out `[B, T, H, D]` bfloat16, and w1 and b1 after the last mini-batch. Weights are read in bfloat16, kept and
-        updated in float32. Differentiable in every array.
+        out `[B, T, H, D]` in q's dtype, and w1 and b1 after the last mini-batch. Weights are kept and updated in
+        float32. With bfloat16 tokens all products are of bfloat16, and every array can be differentiated; with float32
+        tokens products are of 16 bits of each number, and there are no derivatives.
 
     Raises:
         ValueError: wrong shapes or dtypes.
+        NotImplementedError: differentiated with float32 tokens.
     """
     dim = q.shape[-1]
     shapes = {"w1": (w1, (dim, dim)), "b1": (b1, (dim,))}
     inputs, ln = (q, k, v, lr_read, lr_update, token_scale), (ln_scale, ln_bias)
-    _check(*inputs, *ln, shapes, HEAD_DIMS["linear"])
+    _check(*inputs, *ln, shapes, "linear")
     if blocks is None:
         c = token_scale.shape[0]
-        blocks = LinearBlocks.choose(c, 4 * TILE // c, dim)
+        blocks = LinearBlocks.choose(c, 4 * TILE // c, dim, q.dtype)
     out, (wt, b1) = _padded(_LINEAR, inputs, (w1.swapaxes(-1, -2), b1), ln, causal, eps, blocks)
     return out, wt.swapaxes(-1, -2), b1
 
@@ -133,6 +138,7 @@ def ttt_mlp(
 
     Raises:
         ValueError: wrong shapes or dtypes. RuntimeError: interpreted, with too few threads.
+        NotImplementedError: differentiated with float32 tokens.
     """
     shapes = {
         "w1": (w1, (D, HIDDEN_UNITS)),
@@ -141,12 +147,14 @@ def ttt_mlp(
         "b2": (b2, (D,)),
     }
     inputs, ln = (q, k, v, lr_read, lr_update, token_scale), (ln_scale, ln_bias)
-    _check(*inputs, *ln, shapes, HEAD_DIMS["mlp"])
+    _check(*inputs, *ln, shapes, "mlp")
     if interpreter.parameters() is not None:
         interpreter.require_threads(SLICES + 2)
     slices = (*q.shape[:1], q.shape[2], SLICES, D)
     w1t, w2t = w1.swapaxes(-1, -2).reshape(*slices, D), w2.reshape(*slices, D).swapaxes(-1, -2)
-    blocks = MLPBlocks() if blocks is None else blocks
+    if blocks is None:
+        c = token_scale.shape[0]
+        blocks = MLPBlocks.choose(c, 4 * TILE // c, q.dtype)
     out, (w1t, b1_slices, w2t, b2) = _padded(_MLP, inputs, (w1t, b1.reshape(slices), w2t, b2), ln, causal, eps, blocks)
     w1, w2 = w1t.reshape(*w1.shape[:2], HIDDEN_UNITS, D).swapaxes(-1, -2), w2t.swapaxes(-1, -2).reshape(w2.shape)
     return out, w1, b1_slices.reshape(b1.shape), w2, b2
@@ -187,6 +195,8 @@ def _keywords(options: _Options) -> dict[str, Any]:
 
 
 def _tiles_forward(options, inputs, weights, ln):
+    if inputs[0].dtype != jnp.bfloat16:
+        raise NotImplementedError(f"q: there are no derivatives in {inputs[0].dtype}; cast q, k and v to bfloat16.")
     out, *rest = _forward(options, inputs, weights, ln, keep=True)
     at_end, checkpoints = rest[: len(weights)], rest[len(weights) :]
     return (out, tuple(at_end)), (inputs, tuple(checkpoints), ln)
@@ -210,15 +220,18 @@ def _tiles_backward(options, kept, derivatives):
 _tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
-def _check(q, k, v, lr_read, lr_update, token_scale, ln_scale, ln_bias, weights, head_dims) -> None:
+def _check(q, k, v, lr_read, lr_update, token_scale, ln_scale, ln_bias, weights, model) -> None:
     (batch_size, num_tokens, num_heads), dim = q.shape[:3], q.shape[-1]
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"q: expected bfloat16 or float32, got {q.dtype}.")
+    head_dims = HEAD_DIMS[model] if q.dtype == jnp.bfloat16 else FLOAT32_HEAD_DIMS
     if dim not in head_dims:
-        raise ValueError(f"q: expected head dim {' or '.join(map(str, head_dims))}, got {dim}.")
+        raise ValueError(f"q: expected head dim {' or '.join(map(str, head_dims))} in {q.dtype}, got {dim}.")
     of_tokens, of_steps = (batch_size, num_tokens, num_heads, dim), (batch_size, num_tokens, num_heads)
     expected = {
-        "q": (q, of_tokens, jnp.bfloat16),
-        "k": (k, of_tokens, jnp.bfloat16),
-        "v": (v, of_tokens, jnp.bfloat16),
+        "q": (q, of_tokens, q.dtype),
+        "k": (k, of_tokens, q.dtype),
+        "v": (v, of_tokens, q.dtype),
         "lr_read": (lr_read, of_steps, jnp.float32),
         "lr_update": (lr_update, of_steps, jnp.float32),
         "token_scale": (token_scale, token_scale.shape[:1], jnp.float32),

@@ -19,6 +19,9 @@ C, D = 16, 64
 OUTPUT, STATE, GRADIENT = 1e-2, 2e-2, 2e-2
 """Largest errors relative to float64, by norm; the inputs are the same bfloat16 numbers."""
 
+FLOAT32 = 5e-5
+"""The same of float32 tokens. Products read 16 bits of each number: half a unit in the last is 8e-6 of it."""
+
 
 class Variant(NamedTuple):
     """What a kernel is compiled for."""
@@ -109,14 +112,16 @@ def run(name, params, tokens, **options):
     return jax.jit(functools.partial(ttt_jax.ttt_linear, implementation=name))(params, *tokens, **options)
 
 
-def check_forward(variant, num_tokens):
-    params, tokens = make_params(kind=variant.kind, dim=variant.dim), make_tokens(num_tokens, dim=variant.dim)
+def check_forward(variant, num_tokens, dtype=jnp.bfloat16):
+    params = make_params(kind=variant.kind, dim=variant.dim)
+    tokens = make_tokens(num_tokens, dim=variant.dim, dtype=dtype)
     out, state = jax.jit(functools.partial(variant.run, "pallas"))(params, tokens)
-    assert out.dtype == jnp.bfloat16
+    assert out.dtype == dtype
     assert {x.dtype for x in state.weights} == {jnp.dtype("float32")}
     exact, exact_state = jax.jit(functools.partial(variant.run, "scan"))(*float64_of((params, tokens)))
-    assert_close(out, exact, OUTPUT)
-    assert_close(state.weights, exact_state.weights, STATE)
+    of_output, of_state = (OUTPUT, STATE) if dtype == jnp.bfloat16 else (FLOAT32, FLOAT32)
+    assert_close(out, exact, of_output)
+    assert_close(state.weights, exact_state.weights, of_state)
     np.testing.assert_array_equal(state.count, exact_state.count)
 
 
@@ -133,6 +138,38 @@ def test_outputs_and_state_at_head_dim_128(gpu):
 def test_outputs_and_state_after_8192_tokens(variant):
     with a_gpu(detect_races=False):
         check_forward(variant, 8192)
+
+
+FLOAT32_TOKENS = {LINEAR[0]: 300, LINEAR[1]: 100, LINEAR[2]: 200, LINEAR[3]: 100, MLP[0]: 40, MLP[3]: 50}
+
+
+@pytest.mark.parametrize("variant", FLOAT32_TOKENS, ids=str)
+def test_float32_tokens(gpu, variant):
+    check_forward(variant, FLOAT32_TOKENS[variant], jnp.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", LINEAR + MLP, ids=str)
+def test_float32_tokens_after_8192_tokens(variant):
+    with a_gpu(detect_races=False):
+        check_forward(variant, 8192, jnp.float32)
+
+
+def test_float32_tokens_have_the_derivatives_of_the_scan(gpu):
+    """In rows of which one ends early, after a part that the scan reads; named, since the scan is the default."""
+    variant, params, tokens = LINEAR[0], make_params(), make_tokens(2 * C + 3, batch_size=2, dtype=jnp.float32)
+    state = variant.run("scan", params, make_tokens(5, batch_size=2, seed=3, dtype=jnp.float32))[1]
+    length = jnp.asarray([2 * C + 3, C + 1])
+
+    def total(arguments, name):
+        params, weights, tokens = arguments
+        out, final = variant.run(name, params, tokens, state=state._replace(weights=weights), length=length)
+        return sum(jnp.sum(jnp.sin(x)) for x in (out, *final.weights, *final.gradient))
+
+    gradients = [
+        jax.jit(jax.grad(total), static_argnums=1)((params, state.weights, tokens), name) for name in ("pallas", "scan")
+    ]
+    assert_close(*gradients, FLOAT32)
 
 
 def test_mlp_outputs_and_state_of_mini_batches_that_see_all_their_tokens(gpu):
@@ -288,7 +325,11 @@ def test_training_that_began_with_scan_continues_with_the_kernels(gpu, monkeypat
     [
         ({"params": make_params(kind=ttt_jax.TTTMLPParams, hidden=128)}, "inner MLP has 256 hidden units, not 128"),
         ({"mini_batch_size": 8}, "the kernels' mini-batches have 16 or 64 tokens, not 8"),
-        ({"tokens": make_tokens(32, dtype=jnp.float32)}, "the kernels compute on bfloat16, q is float32"),
+        ({"tokens": make_tokens(32, dtype=jnp.float16)}, "the kernels compute on bfloat16 or float32, q is float16"),
+        (
+            {"tokens": make_tokens(32, dim=128, dtype=jnp.float32), "params": make_params(dim=128)},
+            "the kernels' head dim is 64 in float32, not 128",
+        ),
         (
             {"tokens": make_tokens(32, dim=32), "params": make_params(dim=32)},
             "the kernels' head dim is 64 or 128, not 32",
@@ -339,6 +380,8 @@ def test_explain_says_what_none_takes(monkeypatch):
         assert "not measured to be faster" in ttt_jax.explain(arguments[0], *step, state=state)
         of_128 = ttt_jax.explain(make_params(dim=128), *make_tokens(32, dim=128))
         assert "were not measured to be faster on 'cpu' at head dim 128: name 'pallas'" in of_128
+        of_float32 = ttt_jax.explain(make_params(), *make_tokens(32, dtype=jnp.float32))
+        assert "were not measured to be faster on 'cpu' in float32: name 'pallas'" in of_float32
     with pytest.raises(ValueError, match="q: expected an array, got int"):
         ttt_jax.explain(make_params(), 1, 1, 1, 1)
 
@@ -363,12 +406,18 @@ def test_the_kernel_itself_names_a_wrong_argument():
         ttt_kernels.ttt_linear(*(x[:, :15] for x in (q, k, v, lr, lr)), scale, *weights, *ln)
     with pytest.raises(ValueError, match=r"token_scale: expected C entries, C in \(16, 64\), got 8"):
         ttt_kernels.ttt_linear(q, k, v, lr, lr, scale[:8], *weights, *ln)
+    with pytest.raises(ValueError, match="q: expected bfloat16 or float32, got float16"):
+        ttt_kernels.ttt_linear(q.astype(jnp.float16), k, v, lr, lr, scale, *weights, *ln)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    of_wide = jax.grad(lambda *xs: ttt_kernels.ttt_linear(*xs, lr, lr, scale, *weights, *ln)[0].sum())
+    with pytest.raises(NotImplementedError, match="q: there are no derivatives in float32; cast q, k and v"):
+        jax.eval_shape(of_wide, *wide)
     wide_ln = [jnp.tile(x, (1, 2)) for x in ln]
     with pytest.raises(ValueError, match=r"w1: expected float32\[1, 1, 128, 128\], got float32\[1, 1, 64, 64\]"):
         ttt_kernels.ttt_linear(*make_tokens(32, dim=128)[:3], lr, lr, scale, *weights, *wide_ln)
-    with pytest.raises(ValueError, match="q: expected head dim 64, got 128"):
+    with pytest.raises(ValueError, match="q: expected head dim 64 in bfloat16, got 128"):
         ttt_kernels.ttt_mlp(*make_tokens(32, dim=128)[:3], lr, lr, scale, *weights, *weights, *ln)
-    with pytest.raises(ValueError, match="q: expected head dim 64 or 128, got 32"):
+    with pytest.raises(ValueError, match="q: expected head dim 64 or 128 in bfloat16, got 32"):
         ttt_kernels.ttt_linear(*make_tokens(32, dim=32)[:3], lr, lr, scale, *weights, *ln)
     with pytest.raises(ValueError, match=r"w1: expected float32\[1, 1, 64, 256\], got float32\[1, 1, 64, 64\]"):
         ttt_kernels.ttt_mlp(q, k, v, lr, lr, scale, *weights, *weights, *ln)

@@ -259,6 +259,8 @@ def explain(
     where = repr(devices.default_device().device_kind)
     if q.shape[-1] != pallas.MEASURED_HEAD_DIM:
         where += f" at head dim {q.shape[-1]}"
+    if call.dtype != pallas.MEASURED_DTYPE:
+        where += f" in {call.dtype}"
     return f"scan; the kernels can take this call, but were not measured to be faster on {where}: name 'pallas' to try"
 
 

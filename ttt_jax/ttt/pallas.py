@@ -6,6 +6,7 @@ Non-causal mini-batches start at the call's first token and none stays open: the
 token that continues a state, which is what decoding makes, has a kernel of its own, in float32.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -19,9 +20,11 @@ from ttt_jax.ttt.types import TTTMLPParams, TTTState
 
 FASTER_ON: frozenset[str] = frozenset({"NVIDIA H100 80GB HBM3"})
 """Kinds of devices on which the kernels were measured to be faster than the scan, forward and back: see
-kernels/README.md. There they are the default at `MEASURED_HEAD_DIM`, but not for steps of one token."""
+kernels/README.md. There they are the default at `MEASURED_HEAD_DIM` in `MEASURED_DTYPE`, but not for steps of one
+token."""
 
 MEASURED_HEAD_DIM = 64
+MEASURED_DTYPE = jnp.dtype(jnp.bfloat16)
 
 HOPPER = 9
 """Major compute capability of the GPUs that the kernels are for."""
@@ -29,7 +32,7 @@ HOPPER = 9
 
 def is_default(call: Call) -> bool:
     """Whether the kernels are tried first where no implementation is named."""
-    measured = call.q.shape[-1] == MEASURED_HEAD_DIM and not _is_step(call)
+    measured = (call.q.shape[-1], call.dtype) == (MEASURED_HEAD_DIM, MEASURED_DTYPE) and not _is_step(call)
     return measured and devices.default_device().device_kind in FASTER_ON
 
 
@@ -48,16 +51,21 @@ def refusal(call: Call) -> str | None:
     is_mlp = isinstance(call.params, TTTMLPParams)
     if is_mlp and call.params.b1.shape[-1] != operations.HIDDEN_UNITS:
         return f"the kernels' inner MLP has {operations.HIDDEN_UNITS} hidden units, not {call.params.b1.shape[-1]}"
-    head_dims = operations.HEAD_DIMS["mlp" if is_mlp else "linear"]
+    is_step = _is_step(call)
+    if is_step and call.q.dtype != jnp.float32:
+        return f"a step is computed in float32, q is {call.dtype}"
+    if not is_step and call.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the kernels compute on bfloat16 or float32, q is {call.dtype}"
+    head_dims, where = operations.HEAD_DIMS["mlp" if is_mlp else "linear"], ""
+    if call.dtype == jnp.float32 and not is_step:
+        head_dims, where = operations.FLOAT32_HEAD_DIMS, " in float32"
     if call.q.shape[-1] not in head_dims:
-        return f"the kernels' head dim is {' or '.join(map(str, head_dims))}, not {call.q.shape[-1]}"
-    if _is_step(call):
-        return f"a step is computed in float32, q is {call.dtype}" if call.q.dtype != jnp.float32 else _refused_mesh()
+        return f"the kernels' head dim is {' or '.join(map(str, head_dims))}{where}, not {call.q.shape[-1]}"
+    if is_step:
+        return _refused_mesh()
     if call.mini_batch_size not in operations.MINI_BATCH_SIZES:
         sizes = " or ".join(map(str, operations.MINI_BATCH_SIZES))
         return f"the kernels' mini-batches have {sizes} tokens, not {call.mini_batch_size}"
-    if call.dtype != jnp.bfloat16:
-        return f"the kernels compute on bfloat16, q is {call.dtype}"
     if call.q.shape[1] < (call.mini_batch_size if call.causal else 1):
         return f"{call.q.shape[1]} tokens have no whole mini-batch"
     return _refused_mesh()
@@ -93,7 +101,7 @@ class _Part(NamedTuple):
 def ttt(call: Call) -> tuple[jax.Array, TTTState]:
     """The operation, where there is no `refusal`; see `ttt_jax.ttt.api` for the contract."""
     if _is_step(call):
-        return _step(call)
+        return _with_derivatives_of_scan(_step, call)
     c, (batch_size, num_tokens) = call.mini_batch_size, call.q.shape[:2]
     state = fresh_state(call.params, batch_size) if call.state is None else call.state
     if not call.causal:
@@ -119,13 +127,13 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
     return _joined(call, parts), state
 
 
-def _step(call: Call) -> tuple[jax.Array, TTTState]:
-    """One token; its derivatives, which decoding does not take, are the scan's."""
+def _with_derivatives_of_scan(kernel: Callable[[Call], Any], call: Call) -> tuple[jax.Array, TTTState]:
+    """`kernel(call)`, which has no backward pass of its own."""
     names = ("params", "q", "k", "v", "lr", "token_scale", "state", "length")
 
     @jax.custom_vjp
     def run(arrays):
-        return _step_kernel(call._replace(**arrays))
+        return kernel(call._replace(**arrays))
 
     def forward(arrays):
         return run(arrays), arrays
@@ -137,7 +145,8 @@ def _step(call: Call) -> tuple[jax.Array, TTTState]:
     return run({name: getattr(call, name) for name in names})
 
 
-def _step_kernel(call: Call) -> tuple[jax.Array, TTTState]:
+def _step(call: Call) -> tuple[jax.Array, TTTState]:
+    """One token."""
     import ttt_kernels
 
     state, c = cast("TTTState", call.state), call.mini_batch_size
@@ -164,19 +173,24 @@ def _step_kernel(call: Call) -> tuple[jax.Array, TTTState]:
 
 
 def _whole_mini_batches(call: Call, part: _Part, state: TTTState) -> tuple[jax.Array, TTTState]:
+    # In bfloat16, if that is what they were, before anything moves, which halves what does.
+    q, k, v = (x.astype(call.dtype) for x in (call.q, call.k, call.v))
+    of_part = _call_of(call._replace(q=q, k=k, v=v), part, state)
+    return _kernel(of_part) if call.dtype == jnp.bfloat16 else _with_derivatives_of_scan(_kernel, of_part)
+
+
+def _kernel(call: Call) -> tuple[jax.Array, TTTState]:
+    """Whole mini-batches."""
     import ttt_kernels
 
+    c, state = call.mini_batch_size, cast("TTTState", call.state)
     operation: Any
     blocks: Any
     if isinstance(call.params, TTTMLPParams):
-        operation = ttt_kernels.ttt_mlp
-        blocks = ttt_kernels.MLPBlocks.choose(call.mini_batch_size, call.remat_every)
+        operation, blocks = ttt_kernels.ttt_mlp, ttt_kernels.MLPBlocks.choose(c, call.remat_every, call.dtype)
     else:
+        blocks = ttt_kernels.LinearBlocks.choose(c, call.remat_every, call.q.shape[-1], call.dtype)
         operation = ttt_kernels.ttt_linear
-        blocks = ttt_kernels.LinearBlocks.choose(call.mini_batch_size, call.remat_every, call.q.shape[-1])
-    # In bfloat16 before anything moves, which halves what does.
-    q, k, v = (x.astype(jnp.bfloat16) for x in (call.q, call.k, call.v))
-    call = _call_of(call._replace(q=q, k=k, v=v), part, state)
     out, *weights = operation(
         *(call.q, call.k, call.v, call.lr, call.lr * call.token_scale[-1], call.token_scale),
         *state.weights,
