@@ -11,6 +11,7 @@ names relative to ROWS. Computing them is not part of this project: CogVideoX's 
 import functools
 import json
 import pathlib
+import shlex
 import sys
 from typing import Any
 
@@ -41,7 +42,7 @@ def read_tensor(path: pathlib.Path) -> np.ndarray:
     if path.suffix in (".pt", ".pth"):
         raise ValueError(
             f"{path}: expected safetensors, got a file of PyTorch, which can run any code when it is read; where there "
-            f"is PyTorch, convert it by\n  {CONVERT}{path}\nand name the .safetensors in the rows"
+            f"is PyTorch, convert it by\n  {CONVERT}{shlex.quote(str(path))}\nand name the .safetensors in the rows"
         )
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; names in the rows are relative to their file")
