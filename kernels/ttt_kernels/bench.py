@@ -4,7 +4,7 @@
 
 Writes DEVICE.json and DEVICE.png there and prints the table. Everything is measured in one run. Each shape has a
 process of its own: all compile beside each other; when all have, one after the other measures and ends, so that it
-returns its memory. Where flash-linear-attention is installed, its TTT-Linear is timed too.
+returns its memory. Where flash-linear-attention is installed, its TTT-Linear is compiled and timed too.
 """
 
 import argparse
@@ -40,6 +40,7 @@ FULL_SHAPE = (8, 8192)
 """Rows and tokens of the table; the plot has one row of 1k to 256k tokens."""
 
 PLOTTED_TOKENS = tuple(1024 * 4**n for n in range(5))
+_COMPARED = (FULL_SHAPE, *((1, tokens) for tokens in PLOTTED_TOKENS))
 ACCURACY_TOKENS = 8192
 CALLS = 5
 
@@ -52,6 +53,7 @@ class Variant:
     mini_batch_size: int
     causal: bool
     head_dim: int = D
+    dtype: str = "bfloat16"
 
     @property
     def heads(self) -> int:
@@ -60,13 +62,17 @@ class Variant:
 
     def __str__(self) -> str:
         name = f"{self.model}, C = {self.mini_batch_size}, {'causal' if self.causal else 'full'}"
-        return name if self.head_dim == D else f"{name}, D = {self.head_dim}"
+        name += "" if self.head_dim == D else f", D = {self.head_dim}"
+        return name if self.dtype == "bfloat16" else f"{name}, {self.dtype}"
 
 
 VARIANTS = (
     *(Variant(model, c, causal) for model in ("linear", "mlp") for c in MINI_BATCH_SIZES for causal in (True, False)),
     Variant("linear", 16, causal=True, head_dim=128),
+    *(Variant(model, 16, causal=True, dtype="float32") for model in ("linear", "mlp")),
 )
+"""With float32 tokens the backward pass is the scan's."""
+
 PLOTTED = (Variant("linear", 16, causal=True), Variant("mlp", 16, causal=True))
 
 
@@ -94,7 +100,7 @@ class Floor:
 def floor(variant: Variant, batch_size: int, num_tokens: int, rates: Rates, latency: float, *, backward: bool) -> Floor:
     """Over all heads, forward or forward and backward.
 
-    Counted is what the maths needs: q, k, v and the output in bfloat16, two step sizes and a checkpoint of float32
+    Counted is what the maths needs: q, k, v and the output, two step sizes and a checkpoint of float32
     weights each 256 tokens; the products with the weights and those within the mini-batch. The backward pass also
     computes the forward pass again. Serial latency is `latency`, the seconds that the forward kernel takes for each
     mini-batch of one row and head while nothing else shares the device; thrice with the backward pass, which walks
@@ -108,10 +114,11 @@ def floor(variant: Variant, batch_size: int, num_tokens: int, rates: Rates, late
     else:
         weights, of_weights, of_pairs = 2 * d * f + f + d, (7 * d * f, 14 * d * f), (2 * d + 2 * f, 4 * d + 4 * f)
     checkpoint = 4 * weights / 256
-    num_bytes, flops = 4 * 2 * d + 2 * 4 + checkpoint, 2 * of_weights[0] + 2 * c * of_pairs[0]
+    size = jnp.dtype(variant.dtype).itemsize
+    num_bytes, flops = 4 * size * d + 2 * 4 + checkpoint, 2 * of_weights[0] + 2 * c * of_pairs[0]
     serial = num_tokens / c * latency
     if backward:
-        num_bytes += 7 * 2 * d + 5 * 4 + checkpoint
+        num_bytes += 7 * size * d + 5 * 4 + checkpoint
         flops += flops + 2 * of_weights[1] + 2 * c * of_pairs[1]
         serial *= 3
     floors = {
@@ -140,26 +147,27 @@ def median_seconds(function: Callable[..., Any], *arguments: Any) -> float:
     return statistics.median(seconds(in_a_row) for _ in range(CALLS))
 
 
-def make_arguments(model: str, batch_size: int, num_tokens: int, num_heads: int, dim: int = D) -> tuple[Any, ...]:
+def make_arguments(variant: Variant, batch_size: int, num_tokens: int, num_heads: int) -> tuple[Any, ...]:
     """params, q, k, v, lr as a trained layer might have them."""
     from ttt_jax import TTTLinearParams, TTTMLPParams
 
-    keys = jax.random.split(jax.random.key(0), 6)
+    keys, dim = jax.random.split(jax.random.key(0), 6), variant.head_dim
 
     def normal(key, *shape: int, scale: float = 1.0):
         return scale * jax.random.normal(key, shape, jnp.float32)
 
     hidden = SLICES * dim
     ln = jnp.ones((num_heads, dim)), jnp.zeros((num_heads, dim))
-    if model == "linear":
+    if variant.model == "linear":
         params = TTTLinearParams(normal(keys[0], num_heads, dim, dim, scale=0.1), jnp.zeros((num_heads, dim)), *ln)
     else:
         w1, w2 = normal(keys[0], num_heads, dim, hidden, scale=0.1), normal(keys[5], num_heads, hidden, dim, scale=0.05)
         params = TTTMLPParams(w1, jnp.zeros((num_heads, hidden)), w2, jnp.zeros((num_heads, dim)), *ln)
     shape = (batch_size, num_tokens, num_heads)
-    q, k = (normal(key, *shape, dim, scale=dim**-0.5).astype(jnp.bfloat16) for key in keys[1:3])
+    scales = (dim**-0.5, dim**-0.5, 1.0)
+    tokens = (normal(key, *shape, dim, scale=scale) for key, scale in zip(keys[1:4], scales, strict=True))
     lr = jax.random.uniform(keys[4], shape, jnp.float32, 0.0, 0.5)
-    return params, q, k, normal(keys[3], *shape, dim).astype(jnp.bfloat16), lr
+    return params, *(x.astype(variant.dtype) for x in tokens), lr
 
 
 def operation(implementation: str, variant: Variant, *, backward: bool) -> Callable[..., Any]:
@@ -189,9 +197,7 @@ class Shape:
 
     def compile(self, implementations: Sequence[str]) -> Callable[[], dict[str, Any]]:
         """Returns what measures: milliseconds of each implementation, forward and with the backward pass."""
-        arguments = functools.partial(
-            make_arguments, self.variant.model, self.rows, self.tokens, self.variant.heads, self.variant.head_dim
-        )
+        arguments = functools.partial(make_arguments, self.variant, self.rows, self.tokens, self.variant.heads)
         compiled = {
             (name, part): operation(name, self.variant, backward=backward).lower(*jax.eval_shape(arguments)).compile()
             for name in implementations
@@ -210,8 +216,8 @@ class Shape:
 
 
 def errors(variant: Variant, implementations: Sequence[str], num_tokens: int = ACCURACY_TOKENS) -> dict[str, Any]:
-    """Relative to float64 on the same bfloat16 numbers, by norm: of the outputs, and of the final weights."""
-    arguments = make_arguments(variant.model, 1, num_tokens, 2, variant.head_dim)
+    """Relative to float64 on the same numbers, by norm: of the outputs, and of the final weights."""
+    arguments = make_arguments(variant, 1, num_tokens, 2)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), arguments)
         exact = operation("scan", variant, backward=False)(*wide)
@@ -239,7 +245,7 @@ def measure_rates() -> Rates:
 def compile_latency(variant: Variant) -> Callable[[], float]:
     """Returns what measures the seconds of the forward kernel for each mini-batch of one row and head."""
     num_tokens = FULL_SHAPE[1]
-    arguments = functools.partial(make_arguments, variant.model, 1, num_tokens, 1, variant.head_dim)
+    arguments = functools.partial(make_arguments, variant, 1, num_tokens, 1)
     compiled = operation("pallas", variant, backward=False).lower(*jax.eval_shape(arguments)).compile()
     return lambda: median_seconds(compiled, *arguments()) / (num_tokens / variant.mini_batch_size)
 
@@ -258,8 +264,8 @@ def _measure(shape: Shape, parent: Any) -> None:
     parent.send(found)
 
 
-def _measure_each(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
-    """Prints each result to stderr as it comes.
+def _measure_each(shapes: Sequence[Shape], others: subprocess.Popen | None) -> list[dict[str, Any]]:
+    """Prints each result to stderr as it comes; measures when all have compiled and `others` has ended.
 
     Raises:
         EOFError: a process failed; what it raised it has printed.
@@ -278,6 +284,8 @@ def _measure_each(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
     parents, results = [parent for parent, _ in pipes], []
     for parent in tqdm(parents, "compiled", file=sys.stderr):
         parent.recv()
+    if others is not None:
+        others.wait()
     for process, parent in zip(tqdm(processes, "measured", file=sys.stderr), parents, strict=True):
         parent.send("measure")
         results.append(parent.recv())
@@ -289,8 +297,9 @@ def _measure_each(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
 def run() -> dict[str, Any]:
     """All measurements."""
     shapes = [Shape(variant, *FULL_SHAPE) for variant in VARIANTS]
-    shapes += [Shape(variant, 1, tokens) for variant in PLOTTED for tokens in PLOTTED_TOKENS]
-    measured = _measure_each(shapes)
+    shapes += [Shape(variant, 1, tokens) for variant in PLOTTED for tokens in PLOTTED_TOKENS]  # in `_COMPARED`'s order
+    others = fla.compile_all(_COMPARED, HEADS) if fla.is_installed() else None
+    measured = _measure_each(shapes, others)
     return {
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
@@ -311,7 +320,7 @@ def compare(result: dict[str, Any]) -> None:
     """Adds flash-linear-attention's times to the shapes that it can take; where it fails, says so on stderr."""
     compared = [shape for shape in result["shapes"] if shape["variant"] == dataclasses.asdict(PLOTTED[0])]
     try:
-        times = fla.milliseconds([(shape["rows"], shape["tokens"]) for shape in compared], HEADS)
+        times = fla.milliseconds(_COMPARED, HEADS)
     except subprocess.CalledProcessError as error:
         print(f"flash-linear-attention was not timed:\n{error.stderr}", file=sys.stderr)
         return
@@ -385,7 +394,7 @@ def main() -> int:
     parser.add_argument("--output", type=pathlib.Path, required=True, help="directory for the results")
     options = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the device
-    reason = explain(*make_arguments("linear", 1, MINI_BATCH_SIZES[0], 1))
+    reason = explain(*make_arguments(PLOTTED[0], 1, MINI_BATCH_SIZES[0], 1))
     if "cannot" in reason:
         print(f"error: nothing was measured: {reason.removeprefix('scan; ')}", file=sys.stderr)
         return 1

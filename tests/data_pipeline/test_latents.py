@@ -47,7 +47,10 @@ def test_rows_become_a_dataset(folder):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"vid_emb": "a b.pt", "text_chunk_emb": ["t.safetensors"]}', r"a b\.pt: .*\n.*torch\.load.* '.*a b\.pt'\nand"),
+        (
+            '{"vid_emb": "a b.pt", "text_chunk_emb": ["t0a.safetensors"]}',
+            r"a b\.pt: .*\n.*torch\.load.* '.*b\.pt'\nand",
+        ),
         ('{"vid_emb": "no.safetensors", "text_chunk_emb": ["t0a.safetensors"]}', r"no\.safetensors does not exist"),
         ('{"vid_emb": "v0.safetensors"}', r'rows\.jsonl:1: expected \{"vid_emb": FILE, "text_chunk_emb": \[FILE'),
         ("oops", r"rows\.jsonl:1: expected"),
