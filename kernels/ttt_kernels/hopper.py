@@ -185,6 +185,17 @@ def _of_part(i: int, ref, matrix: Matrix, at: tuple[Any, Any, Any]) -> tuple[Any
     return row + i * (ref.shape[0] // len(matrix.parts)) if i else row, *others
 
 
+def compiler_params(*, registers: int, exact: bool = False) -> Any:
+    """Of a kernel.
+
+    Args:
+        registers: how many of each thread's, two numbers each, are summed over the warps at once; each takes 1 KiB of
+            SMEM. More wait for these and a barrier. Sums over rows of `[64, n]` are of n / 8 registers.
+        exact: whether `tanh`, `exp` and the like are not approximated.
+    """
+    return plgpu.CompilerParams(approx_math=not exact, reduction_scratch_bytes=1024 * registers)
+
+
 def fetch(barrier, *copies: tuple[Any, Any]) -> None:
     """From global memory to SMEM, waiting for it."""
     for source, target in copies:

@@ -322,6 +322,8 @@ def backward(
     operand, right_operand, pairs = matrix(dim, c, summed), matrix(c, dim), matrix(TILE, c, summed)
     v_or_d_out, shared = (matrix(n, dim), 1) if tight else (tokens, 0)
     d_wt_or_zero = hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32)
+    # As many as SMEM has room for: at C = 16 for two blocks on an SM.
+    summed_at_once = 2 if tight or (c < TILE and not blocks.wide) else 4 if blocks.wide else 8
     arrivals = (1 if blocks.wide else 2, *((2, 6, 1) if tight else (3, 8)))
     steps = plgpu.SMEM((TILE,), f32)
     kept = per_group * mini_batches.per_tile
@@ -349,7 +351,7 @@ def backward(
             *(pairs,) * 2,
             *(plgpu.Barrier(num_arrivals=count) for count in arrivals),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=hopper.compiler_params(registers=summed_at_once),
         interpret=interpret,
     )(q, k, v, lr_read, lr_update, scale, wt_kept, b_kept, ln_scale, ln_bias, d_out, d_wt, d_b)
     return results[:-2]

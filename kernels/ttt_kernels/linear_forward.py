@@ -217,7 +217,7 @@ def forward(
             plgpu.Barrier(num_arrivals=3 * parts + 2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=4 if blocks.wide else 5),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=parts == 1),
+        compiler_params=hopper.compiler_params(exact=parts > 1, registers=4 if n == 16 else 2),
         interpret=interpret,
     )(*of_tokens, lr_read, lr_update, jnp.tile(scale, TILE // c), wt, b, ln_scale, ln_bias)
     return hopper.joined(out, q.dtype), *rest

@@ -390,7 +390,7 @@ def backward(
             *(matrix(1, TILE, c),) * 4,
             *exchange.scratch(),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=hopper.compiler_params(registers=8 if c == n else 4),
         interpret=interpret,
     )(
         *(q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t),

@@ -73,7 +73,7 @@ def forward(
         kept_g, refs = refs[: len(of_checkpoints)], refs[len(of_checkpoints) :]
         sums_g, refs = refs[: len(of_sums)], refs[len(of_sums) :]
         (
-            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, ln_scale_s, ln_bias_s, zero_s, tile_barriers, start_barrier,
+            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, zero_s, tile_barriers, start_barrier,
             *rest,
         ) = refs  # fmt: skip
         of_matrices, of_exchange = rest[: len(_Matrices._fields)], rest[len(_Matrices._fields) :]
@@ -95,13 +95,11 @@ def forward(
 
         for slot in range(stages):
             fetch(slot, slot)
-        starts = ((scale_g, scale_s), (ln_scale_g.at[head], ln_scale_s), (ln_bias_g.at[head], ln_bias_s))
-        for source, target in starts:
-            plgpu.copy_gmem_to_smem(source, target, start_barrier)
+        plgpu.copy_gmem_to_smem(scale_g, scale_s, start_barrier)
         w1t, w2t = (load(ref.at[row, head, own]) for ref in (w1t_g, w2t_g))
         b1, b2 = load(b1_g.at[row, head, own], ROWS), load(b2_g.at[row, head], ROWS)
         plgpu.barrier_wait(start_barrier)
-        gamma, beta = (over_columns(load(ref, ROWS), n) for ref in (ln_scale_s, ln_bias_s))
+        gamma, beta = (over_columns(load(ref.at[head], ROWS), n) for ref in (ln_scale_g, ln_bias_g))
 
         def save(weights, *targets):
             """Straight to global memory: once for many mini-batches."""
@@ -214,7 +212,7 @@ def forward(
         return Matrix.scratch(parts, shape, hopper.over_tokens(n))
 
     tokens, operand = matrix(stages, TILE, D), matrix(1, D, c)
-    steps, vector = plgpu.SMEM((stages, TILE), f32), plgpu.SMEM((D,), f32)
+    steps = plgpu.SMEM((stages, TILE), f32)
     out, *results = plgpu.kernel(
         body,
         out_type=(shape(of_tokens[0].shape, jnp.bfloat16), *of_weights, *of_checkpoints, *of_sums),
@@ -224,14 +222,14 @@ def forward(
         cluster_names=(AXIS,),
         scratch_types=[
             *(tokens, tokens, tokens, steps, steps, plgpu.SMEM((c,), f32)),
-            *(vector, vector, hopper.HIDDEN_ZERO),
+            hopper.HIDDEN_ZERO,
             plgpu.Barrier(num_arrivals=3 * parts + 2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(),
             *(matrix(1, TILE, D), matrix(1, D, D), matrix(1, D, D), matrix(1, TILE, D)),
             *(matrix(1, D, n), operand, operand, operand, operand, matrix(1, TILE, n), matrix(1, TILE, n)),
             *exchange.scratch(),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=parts == 1),
+        compiler_params=hopper.compiler_params(exact=parts > 1, registers=4),
         interpret=interpret,
     )(*of_tokens, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
     return hopper.joined(out, q.dtype), *results[: len(results) - len(of_sums)]
