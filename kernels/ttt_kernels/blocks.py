@@ -20,7 +20,8 @@ class LinearBlocks:
         register_operands: left operands go from registers into the forward kernel's products, not through SMEM; never
             if wide, nor for float32 tokens.
         fused_update: the update of the weights accumulates onto them inside of a product: in the forward kernel, and
-            if wide also where the backward kernel walks forward.
+            if wide also where the backward kernel walks forward. Not for float32 tokens: products truncate their sums,
+            all towards zero, which adds up over a long sequence.
         wide: for D = 128, where registers and SMEM hold no second float32 matrix. Weights move directly between
             registers and global memory, where the backward kernel also has their derivative; products read SMEM.
         hidden_addresses: the compiler is kept from computing addresses long before they are needed.
@@ -48,7 +49,7 @@ class LinearBlocks:
             tiles_per_checkpoint=tiles,
             wide=wide,
             hidden_addresses=wide,
-            register_operands=not wide and dtype == jnp.bfloat16,
+            fused_update=dtype == jnp.bfloat16,
         )
 
 

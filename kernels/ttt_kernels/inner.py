@@ -37,15 +37,20 @@ def means(*xs: jax.Array, axis: int = 0) -> list[jax.Array]:
     return [_for_each_feature(x * (1.0 / size), size, axis) for x in found]
 
 
-def normalize(z: jax.Array, eps: float, axis: int = 0) -> tuple[jax.Array, jax.Array]:
+def normalize(z: jax.Array, eps: float, axis: int = 0, *, exact: bool = False) -> tuple[jax.Array, jax.Array]:
     """To zero mean and unit variance over features; also 1/std, as z.
 
-    The variance is the mean square without the mean's square, so that both means wait together. The updates leave the
-    mean of a prediction's features as it is, and weights are read in bfloat16: where the mean is so large that float32
-    cancels here, bfloat16 has lost more.
+    If not `exact`, the variance is the mean square without the mean's square, so that both means wait together: for
+    predictions by weights in bfloat16. The updates leave the mean of a prediction's features as it is, and where that
+    is so large that float32 cancels here, bfloat16 has lost more.
     """
-    mean, mean_square = means(z, z * z, axis=axis)
-    rstd = lax.rsqrt(jnp.maximum(mean_square - mean * mean, 0.0) + eps)
+    if exact:
+        (mean,) = means(z, axis=axis)
+        (variance,) = means((z - mean) * (z - mean), axis=axis)
+    else:
+        mean, mean_square = means(z, z * z, axis=axis)
+        variance = jnp.maximum(mean_square - mean * mean, 0.0)
+    rstd = lax.rsqrt(variance + eps)
     return (z - mean) * rstd, rstd
 
 
@@ -65,10 +70,17 @@ class InnerGradient(NamedTuple):
 
 
 def inner_gradient(
-    z: jax.Array, target: jax.Array, gamma: jax.Array, beta: jax.Array, eps: float, axis: int = 0
+    z: jax.Array,
+    target: jax.Array,
+    gamma: jax.Array,
+    beta: jax.Array,
+    eps: float,
+    axis: int = 0,
+    *,
+    exact: bool = False,
 ) -> InnerGradient:
-    """Of `1/2 sum (LN(z) - target)^2` by z; gamma and beta have z's shape."""
-    normalized, rstd = normalize(z, eps, axis)
+    """Of `1/2 sum (LN(z) - target)^2` by z; gamma and beta have z's shape; `exact` as `normalize` has it."""
+    normalized, rstd = normalize(z, eps, axis, exact=exact)
     error = gamma * normalized + beta - target
     return InnerGradient(rstd * without_projections(gamma * error, normalized, axis), normalized, rstd, error)
 

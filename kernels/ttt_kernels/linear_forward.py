@@ -1,7 +1,7 @@
 """TTT-Linear: the forward kernel; one warpgroup walks over the tokens of one row and head.
 
-At D = 64 a mini-batch is in registers at once. At D = 128 (`LinearBlocks.wide`) the weights leave room for a block of
-its tokens: it is worked on in blocks, and products read the weights from SMEM.
+At D = 64 a mini-batch is in registers at once. At D = 128 (`LinearBlocks.wide`), and with 64 float32 tokens, there is
+room for a block of its tokens: it is worked on in blocks, and products read the weights from SMEM.
 """
 
 from typing import Any
@@ -46,12 +46,15 @@ def forward(
     """
     batch_size, num_tokens, num_heads, dim = q.shape
     c = scale.shape[0]
-    n = min(c, blocks.columns) if blocks.wide else c
+    exact, parts = q.dtype == jnp.float32, hopper.parts_of(q.dtype)
+    in_blocks = blocks.wide or (exact and c == TILE)
+    n = min(c, blocks.columns) if in_blocks else c
     mini_batches = MiniBatches(c, n)
     num_tiles = num_tokens // TILE
     num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
     stages = min(blocks.stages, num_tiles)
-    f32, parts = jnp.float32, hopper.parts_of(q.dtype)
+    f32 = jnp.float32
+    in_registers = blocks.register_operands and not in_blocks and not exact
     of_tokens = [hopper.stacked(x) for x in (q, k, v)]
     rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
     of_checkpoints = (
@@ -65,7 +68,7 @@ def forward(
         kept_g = refs[: len(of_checkpoints)]
         (
             q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixings_s, k_steps_s, out_s, ln_scale_s, ln_bias_s,
-            b_s, wt_or_zero_s, wt_operands_s, g_operands_s, tile_barriers, start_barrier,
+            b_s, wt_or_zero_s, tile_barriers, start_barrier, *operands_s,
         ) = refs[len(kept_g) :]  # fmt: skip
         zero = hopper.hidden_zero(wt_or_zero_s, known=not blocks.hidden_addresses)
         row, head = lax.axis_index("row"), lax.axis_index("head")
@@ -107,7 +110,7 @@ def forward(
 
             plgpu.barrier_wait(tile_barriers.at[slot])
             q_t, k_t, v_t = q_s[slot], k_s[slot], v_s[slot]
-            mixing_s, k_step_s = (matrix[zero()] if blocks.wide else matrix for matrix in (mixings_s, k_steps_s))
+            mixing_s, k_step_s = (matrix[zero()] if in_blocks else matrix for matrix in (mixings_s, k_steps_s))
             # [source, reader]: minus the step that a reader takes along a source's gradient.
             attention = product((TILE, TILE), (k_t, q_t.T))
             source = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=WGMMA)
@@ -122,20 +125,28 @@ def forward(
                 k_b = k_t[at].T
                 target = v_t[at].T.read() - k_b.read()
                 z = product((dim, n), (operand, k_b)) + over_columns(b, n)
-                return inner.inner_gradient(z, target, gamma, beta, eps).g
+                return inner.inner_gradient(z, target, gamma, beta, eps, exact=exact).g
 
             def updated_bias(b, g, at):
                 return b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS), dim)).sum(axis=1)
 
             def output(z_q, at):
-                return q_t[at].T.read() + gamma * inner.normalize(z_q, eps)[0] + beta
+                return q_t[at].T.read() + gamma * inner.normalize(z_q, eps, exact=exact)[0] + beta
+
+            def operand_of(value, i):
+                """`value` as a left operand: in registers, in bfloat16, or in SMEM."""
+                if in_registers:
+                    return value.astype(jnp.bfloat16)
+                operands_s[i].write(value)
+                plgpu.commit_smem()
+                return operands_s[i]
 
             def mini_batch(m, weights):
                 wt, b = weights
                 at = pl.ds(m * c, c)
-                operand = operand_of(wt, wt_operands_s, blocks)
+                operand = operand_of(wt, 0)
                 g = inner_gradient(operand, b, at)
-                g_operand = operand_of(g, g_operands_s, blocks)
+                g_operand = operand_of(g, 1)
                 z_q = product((dim, n), (operand, q_t[at].T), (g_operand, mixing_s[at, at])) + over_columns(b, n)
                 wt = updated(wt, g_operand, k_step_s[at], blocks)
                 b = updated_bias(b, g, at)
@@ -147,7 +158,7 @@ def forward(
 
             def mini_batch_in_blocks(m, weights):
                 wt, b = weights
-                wt_s, g_s = wt_operands_s[zero()], g_operands_s[zero()]
+                wt_s, g_s = (matrix[zero()] for matrix in operands_s)
                 wt_s.write(wt)
                 plgpu.commit_smem()
 
@@ -169,7 +180,7 @@ def forward(
                 mini_batches.over_blocks(read, None)
                 return updated(wt, g_s, k_step_s[tokens], blocks), new_b
 
-            if blocks.wide:
+            if in_blocks:
                 plgpu.wait_smem_to_gmem(0)  # of the tile before
                 weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch_in_blocks, weights)
             else:
@@ -193,7 +204,7 @@ def forward(
         return Matrix.scratch(parts, shape, transforms)
 
     tokens, summed = matrix(stages, TILE, dim), hopper.over_tokens(n)
-    slots = (1,) if blocks.wide else ()
+    slots = (1,) if in_blocks else ()
     steps = plgpu.SMEM((stages, TILE), f32)
     vector = plgpu.SMEM((dim,), f32)
     wt_or_zero = hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32)
@@ -213,23 +224,14 @@ def forward(
             *(matrix(*slots, TILE, size, transforms=summed) for size in (TILE, dim)),
             matrix(TILE, dim),
             *(vector, vector, vector, wt_or_zero),
-            *(matrix(*slots, dim, dim), matrix(*slots, dim, c, transforms=summed)),
             plgpu.Barrier(num_arrivals=3 * parts + 2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=4 if blocks.wide else 5),
+            *(() if in_registers else (matrix(*slots, dim, dim), matrix(*slots, dim, c, transforms=summed))),
         ],
-        compiler_params=hopper.compiler_params(exact=parts > 1, registers=4 if n == 16 else 2),
+        compiler_params=hopper.compiler_params(exact=exact, registers=4 if n == 16 else 8),
         interpret=interpret,
     )(*of_tokens, lr_read, lr_update, jnp.tile(scale, TILE // c), wt, b, ln_scale, ln_bias)
     return hopper.joined(out, q.dtype), *rest
-
-
-def operand_of(value, matrix: Matrix, blocks: LinearBlocks):
-    """`value` as a left operand: in registers, in bfloat16, or in SMEM."""
-    if blocks.register_operands:
-        return value.astype(jnp.bfloat16)
-    matrix.write(value)
-    plgpu.commit_smem()
-    return matrix
 
 
 def updated(wt, left, right, blocks: LinearBlocks) -> Any:

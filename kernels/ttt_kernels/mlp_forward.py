@@ -59,9 +59,10 @@ def forward(
     num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
     stages = min(blocks.stages, num_tiles)
     f32, parts = jnp.float32, hopper.parts_of(q.dtype)
+    exact = parts > 1
     of_tokens = [hopper.stacked(x) for x in (q, k, v)]
     rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
-    exchange = Exchange(n, blocks.interpreted, at_once=2 if parts == 1 or c == n else 1)
+    exchange = Exchange(n, blocks.interpreted, at_once=1 if exact and c > n else 2)
     of_sums = exchange.results(rows)
     of_weights = tuple(shape(x.shape, f32) for x in (w1t, b1, w2t, b2))
     of_checkpoints = tuple(shape((*rows, num_checkpoints, *x.shape[2:]), f32) for x in of_weights) if keep else ()
@@ -130,7 +131,7 @@ def forward(
                 plgpu.commit_smem()
                 (z2,) = sums(lambda: product((D, n), (s.w2, s.x[at].T)))
                 target = v_t[at].T.read() - k_b.read()
-                g2 = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps).g
+                g2 = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps, exact=exact).g
                 lr = over_rows(load(lr_update_s.at[slot, at], COLUMNS))
                 s.g2[:, block].write(g2)
                 s.g2_step[:, block].write(-(g2 * lr))
@@ -160,7 +161,7 @@ def forward(
                 s.mixing2.write(_mixing(attention, steps))
                 plgpu.commit_smem()
                 z2 = z2 + product((D, n), (s.g2, s.mixing2[tokens])) + over_columns(b2, n)
-                out = q_b.read() + gamma * inner.normalize(z2, eps)[0] + beta
+                out = q_b.read() + gamma * inner.normalize(z2, eps, exact=exact)[0] + beta
                 s.out[at].T.write(out)
                 return carry
 
@@ -229,7 +230,7 @@ def forward(
             *(matrix(1, D, n), operand, operand, operand, operand, matrix(1, TILE, n), matrix(1, TILE, n)),
             *exchange.scratch(),
         ],
-        compiler_params=hopper.compiler_params(exact=parts > 1, registers=4),
+        compiler_params=hopper.compiler_params(exact=exact, registers=4),
         interpret=interpret,
     )(*of_tokens, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
     return hopper.joined(out, q.dtype), *results[: len(results) - len(of_sums)]

@@ -84,12 +84,12 @@ def ttt_step(
         def inner_gradient(z):
             """By column, as [64, D] and as a vector."""
             gamma, beta, _, k_out, v_out = early or of_outputs()
-            g = inner.inner_gradient(over_rows(z), v_out - k_out, gamma, beta, eps, axis=1).g
+            g = inner.inner_gradient(over_rows(z), v_out - k_out, gamma, beta, eps, axis=1, exact=True).g
             return g, g.max(axis=0)
 
         def write(z):
             gamma, beta, q_out, _, _ = early or of_outputs()
-            normalized = inner.normalize(over_rows(z), eps, axis=1)[0]
+            normalized = inner.normalize(over_rows(z), eps, axis=1, exact=True)[0]
             out_g.at[row, head][...] = (q_out + gamma * normalized + beta).max(axis=0)
 
         def linear():

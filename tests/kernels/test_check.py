@@ -12,16 +12,12 @@ SPILLS |= {f"linear_forward_{mask}_c64_d128" for mask in ("causal", "full")} | {
 SPILLS |= {f"mlp_forward_{mask}_c{c}_float32" for mask in ("causal", "full") for c in (16, 64)}
 """Kernels that may spill 128 bytes a thread; kernels/README.md estimates what each costs."""
 
-MORE_SPILLS = {f"linear_forward_{mask}_c64_float32": 212 for mask in ("causal", "full")}
-"""Those that may spill more."""
-
 
 def test_the_table_has_every_kernel_and_no_other_spill():
     table = json.loads(check.TABLE.read_text())
     assert table.keys() == check.kernels().keys()
     for name, found in table.items():
-        allowed = MORE_SPILLS.get(name, 128 if name in SPILLS else 0)
-        assert max(found["spill_store_bytes"], found["spill_load_bytes"]) <= allowed, name
+        assert max(found["spill_store_bytes"], found["spill_load_bytes"]) <= (128 if name in SPILLS else 0), name
         assert found["ctas_per_sm"] == check.ctas_per_sm(found["registers"], found["shared_memory_bytes"]) > 0, name
 
 

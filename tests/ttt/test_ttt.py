@@ -254,6 +254,15 @@ def test_rows_are_independent(implementation):
     assert not np.allclose(changed[0][1], out[1])
 
 
+@implementations
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_rows(implementation, causal):
+    params, tokens = make_params("mlp"), make_tokens(C + 2, batch_size=0)
+    out, state = jitted("mlp", implementation, causal)(params, *tokens)
+    assert out.shape == tokens[0].shape
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, ttt_jax.init_state(params, 0))
+
+
 @kinds
 def test_checkpoints_change_nothing(kind):
     params, tokens = make_params(kind), make_tokens(5 * C + 1)  # six mini-batches

@@ -68,7 +68,8 @@ def ttt_linear(
       eps: of the inner LayerNorm, > 0.
       remat_every: mini-batches per checkpoint in the backward pass, >= 1.
       implementation: "scan", "pallas" or "reference", a sequence of them to try in order, or None for the fastest that
-        supports the call.
+        supports the call. The products of "pallas" read bfloat16, of float32 tokens 16 bits of each number; what they
+        add up, the weights too, is float32.
 
     Returns:
       out, [B, T, H, D] in q's dtype, and the state after the last real token of each row, float32 (or float64).
@@ -259,8 +260,10 @@ def explain(
     where = repr(devices.default_device().device_kind)
     if q.shape[-1] != pallas.MEASURED_HEAD_DIM:
         where += f" at head dim {q.shape[-1]}"
-    if call.dtype != pallas.MEASURED_DTYPE:
-        where += f" in {call.dtype}"
+    if pallas.is_step(call):
+        where += " for one token"
+    elif call.dtype != pallas.MEASURED_DTYPE:
+        where += f" in {call.dtype}, of which products read 16 bits"
     return f"scan; the kernels can take this call, but were not measured to be faster on {where}: name 'pallas' to try"
 
 

@@ -32,7 +32,7 @@ HOPPER = 9
 
 def is_default(call: Call) -> bool:
     """Whether the kernels are tried first where no implementation is named."""
-    measured = (call.q.shape[-1], call.dtype) == (MEASURED_HEAD_DIM, MEASURED_DTYPE) and not _is_step(call)
+    measured = (call.q.shape[-1], call.dtype) == (MEASURED_HEAD_DIM, MEASURED_DTYPE) and not is_step(call)
     return measured and devices.default_device().device_kind in FASTER_ON
 
 
@@ -51,17 +51,19 @@ def refusal(call: Call) -> str | None:
     is_mlp = isinstance(call.params, TTTMLPParams)
     if is_mlp and call.params.b1.shape[-1] != operations.HIDDEN_UNITS:
         return f"the kernels' inner MLP has {operations.HIDDEN_UNITS} hidden units, not {call.params.b1.shape[-1]}"
-    is_step = _is_step(call)
-    if is_step and call.q.dtype != jnp.float32:
+    of_step = is_step(call)
+    if of_step and call.q.dtype != jnp.float32:
         return f"a step is computed in float32, q is {call.dtype}"
-    if not is_step and call.dtype not in (jnp.bfloat16, jnp.float32):
+    if not of_step and call.dtype not in (jnp.bfloat16, jnp.float32):
         return f"the kernels compute on bfloat16 or float32, q is {call.dtype}"
     head_dims, where = operations.HEAD_DIMS["mlp" if is_mlp else "linear"], ""
-    if call.dtype == jnp.float32 and not is_step:
+    if call.dtype == jnp.float32 and not of_step:
         head_dims, where = operations.FLOAT32_HEAD_DIMS, " in float32"
     if call.q.shape[-1] not in head_dims:
         return f"the kernels' head dim is {' or '.join(map(str, head_dims))}{where}, not {call.q.shape[-1]}"
-    if is_step:
+    if 0 in (call.q.shape[0], call.q.shape[2]):
+        return "the call has no rows or no heads"
+    if of_step:
         return _refused_mesh()
     if call.mini_batch_size not in operations.MINI_BATCH_SIZES:
         sizes = " or ".join(map(str, operations.MINI_BATCH_SIZES))
@@ -85,7 +87,7 @@ def _refused_mesh() -> str | None:
     return f"{reader} reads the arrays of one device, the mesh has {mesh}: call it inside jax.shard_map"
 
 
-def _is_step(call: Call) -> bool:
+def is_step(call: Call) -> bool:
     """Whether the call is one of decoding."""
     return call.causal and call.state is not None and call.q.shape[1] == 1
 
@@ -100,7 +102,7 @@ class _Part(NamedTuple):
 
 def ttt(call: Call) -> tuple[jax.Array, TTTState]:
     """The operation, where there is no `refusal`; see `ttt_jax.ttt.api` for the contract."""
-    if _is_step(call):
+    if is_step(call):
         return _with_derivatives_of_scan(_step, call)
     c, (batch_size, num_tokens) = call.mini_batch_size, call.q.shape[:2]
     state = fresh_state(call.params, batch_size) if call.state is None else call.state

@@ -60,7 +60,7 @@ def _to_slots(x: jax.Array, layout: _Layout) -> jax.Array:
 def _from_slots(slots: jax.Array, layout: _Layout, num_tokens: int) -> jax.Array:
     """[N, B, H, c, D] back to [B, T, H, D]."""
     joined = jnp.transpose(slots, (1, 0, 3, 2, 4))
-    joined = joined.reshape(joined.shape[0], -1, *joined.shape[3:])
+    joined = joined.reshape(joined.shape[0], joined.shape[1] * joined.shape[2], *joined.shape[3:])
     if layout.offset is None:
         return joined[:, :num_tokens]
     source = jnp.arange(num_tokens, dtype=jnp.int32)[None] + layout.offset[:, None]
