@@ -16,7 +16,8 @@ class LinearBlocks:
         stages: tiles of tokens on their way at once in the forward kernel.
         tiles_per_checkpoint: tiles of 64 tokens between two checkpoints of the weights. Of each mini-batch between
             them the backward kernel keeps the weights, 8 KiB of global memory for each row and head; 32 at D = 128.
-        columns: tokens of a mini-batch that the backward kernel has in registers at once; the forward kernel, if wide.
+        columns: tokens of a mini-batch that the backward kernel has in registers at once; the forward kernel, if wide
+            or of 64 float32 tokens.
         register_operands: left operands go from registers into the forward kernel's products, not through SMEM; never
             if wide, nor for float32 tokens.
         fused_update: the update of the weights accumulates onto them inside of a product: in the forward kernel, and

@@ -142,7 +142,7 @@ def stacked(x: jax.Array) -> jax.Array:
 def joined(x: jax.Array, dtype: Any) -> jax.Array:
     """Back from `stacked`."""
     parts = parts_of(dtype)
-    return x.astype(dtype).reshape(parts, -1, *x.shape[1:]).sum(axis=0) if parts > 1 else x
+    return x.astype(dtype).reshape(parts, x.shape[0] // parts, *x.shape[1:]).sum(axis=0) if parts > 1 else x
 
 
 def product(shape: tuple[int, int], *pairs) -> jax.Array:

@@ -212,7 +212,12 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("variant", GRADIENTS, ids=str)
+SLOW = {LINEAR_128[1], LINEAR_128[3]}  # the masks of which head dim 64 has the same
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[pytest.mark.slow] if v in SLOW else []) for v in GRADIENTS], ids=str
+)
 def test_every_gradient(gpu, variant):
     check_gradients(variant, GRADIENTS[variant])
 

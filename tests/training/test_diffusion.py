@@ -74,7 +74,7 @@ def on_one_device():
     ("sizes", "changes"),
     [
         pytest.param((8, 1, 1), {}, marks=pytest.mark.slow),
-        ((2, 4, 1), {}),
+        pytest.param((2, 4, 1), {}, marks=pytest.mark.slow),
         ((2, 2, 2), {"remat": True, "remat_layers": True}),
     ],
     ids=["data", "fsdp", "tensor"],

@@ -238,7 +238,9 @@ def assert_close(got: TrainState, want: TrainState):
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=2e-4), got.carry, want.carry)
 
 
-@pytest.mark.parametrize("run", [("crops", (8, 1, 1), 1), ("follow", (2, 2, 2), 2)], ids=str)
+@pytest.mark.parametrize(
+    "run", [pytest.param(("crops", (8, 1, 1), 1), marks=pytest.mark.slow), ("follow", (2, 2, 2), 2)], ids=str
+)
 def test_many_devices_train_as_one(trained, run):
     mode, _, accumulate = run
     got, want = trained(*run), trained(mode, (1, 1, 1), accumulate)
