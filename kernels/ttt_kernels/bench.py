@@ -40,7 +40,7 @@ FULL_SHAPE = (8, 8192)
 """Rows and tokens of the table; the plot has one row of 1k to 256k tokens."""
 
 PLOTTED_TOKENS = tuple(1024 * 4**n for n in range(5))
-_COMPARED = (FULL_SHAPE, *((1, tokens) for tokens in PLOTTED_TOKENS))
+_COMPARED: tuple[tuple[int, int], ...] = (FULL_SHAPE, *((1, tokens) for tokens in PLOTTED_TOKENS))
 ACCURACY_TOKENS = 8192
 CALLS = 5
 
@@ -297,7 +297,7 @@ def _measure_each(shapes: Sequence[Shape], others: subprocess.Popen | None) -> l
 def run() -> dict[str, Any]:
     """All measurements."""
     shapes = [Shape(variant, *FULL_SHAPE) for variant in VARIANTS]
-    shapes += [Shape(variant, 1, tokens) for variant in PLOTTED for tokens in PLOTTED_TOKENS]  # in `_COMPARED`'s order
+    shapes += [Shape(variant, 1, tokens) for variant in PLOTTED for tokens in PLOTTED_TOKENS]
     others = fla.compile_all(_COMPARED, HEADS) if fla.is_installed() else None
     measured = _measure_each(shapes, others)
     return {
@@ -318,15 +318,16 @@ def run() -> dict[str, Any]:
 
 def compare(result: dict[str, Any]) -> None:
     """Adds flash-linear-attention's times to the shapes that it can take; where it fails, says so on stderr."""
-    compared = [shape for shape in result["shapes"] if shape["variant"] == dataclasses.asdict(PLOTTED[0])]
     try:
         times = fla.milliseconds(_COMPARED, HEADS)
     except subprocess.CalledProcessError as error:
         print(f"flash-linear-attention was not timed:\n{error.stderr}", file=sys.stderr)
         return
     result["versions"]["fla-core"] = importlib.metadata.version("fla-core")
-    for shape, ms in zip(compared, times, strict=True):
-        shape["ms"] |= ms
+    found = dict(zip(_COMPARED, times, strict=True))
+    for shape in result["shapes"]:
+        if shape["variant"] == dataclasses.asdict(PLOTTED[0]):
+            shape["ms"] |= found[shape["rows"], shape["tokens"]]
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,9 +1,6 @@
 """Block sizes of the kernels, and what picks them."""
 
 import dataclasses
-from typing import Any
-
-import jax.numpy as jnp
 
 from ttt_kernels.hopper import TILE, D
 
@@ -41,17 +38,10 @@ class LinearBlocks:
         return dataclasses.replace(self, register_operands=False, fused_update=False, hidden_addresses=False)
 
     @classmethod
-    def choose(
-        cls, mini_batch_size: int, mini_batches_per_checkpoint: int, head_dim: int = D, dtype: Any = jnp.bfloat16
-    ) -> "LinearBlocks":
+    def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int, head_dim: int = D) -> "LinearBlocks":
         """For a call: as many tiles between checkpoints as wanted."""
         tiles, wide = _tiles(mini_batches_per_checkpoint, mini_batch_size), head_dim > D
-        return cls(
-            tiles_per_checkpoint=tiles,
-            wide=wide,
-            hidden_addresses=wide,
-            fused_update=dtype == jnp.bfloat16,
-        )
+        return cls(tiles_per_checkpoint=tiles, wide=wide, hidden_addresses=wide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +49,7 @@ class MLPBlocks:
     """Of TTT-MLP.
 
     Attributes:
-        stages: tiles of tokens on their way at once in the forward kernel.
+        stages: tiles of tokens on their way at once in the forward kernel; of float32 tokens one, SMEM holds no more.
         tiles_per_checkpoint: tiles of 64 tokens between two checkpoints of the weights. Of each mini-batch between
             them the backward kernel keeps the weights, 64 KiB of global memory for each row and head.
         columns: tokens of a mini-batch in registers at once.
@@ -77,13 +67,10 @@ class MLPBlocks:
         return dataclasses.replace(self, interpreted=True)
 
     @classmethod
-    def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int, dtype: Any = jnp.bfloat16) -> "MLPBlocks":
-        """For a call: at C = 16 one stage, so that an SM holds two thread blocks of the forward kernel.
-
-        For float32 tokens too, or SMEM would not hold one.
-        """
+    def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int) -> "MLPBlocks":
+        """For a call: at C = 16 one stage, so that an SM holds two thread blocks of the forward kernel."""
         tiles = _tiles(mini_batches_per_checkpoint, mini_batch_size)
-        return cls(stages=1 if mini_batch_size == 16 or dtype == jnp.float32 else 2, tiles_per_checkpoint=tiles)
+        return cls(stages=1 if mini_batch_size == 16 else 2, tiles_per_checkpoint=tiles)
 
 
 _MOST = 16

@@ -80,9 +80,8 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
                 (*inputs, *at_end, *ln),
             )
             if dim in FLOAT32_HEAD_DIMS:
-                options_of_float32 = options | {"blocks": choose(c, 1, dtype=jnp.float32)}
                 found[f"{name}_forward_{variant}_float32"] = (
-                    functools.partial(forward, keep=False, **options_of_float32),
+                    functools.partial(forward, keep=False, **options),
                     (*(float32_tokens,) * 3, *others, *at_end, *ln),
                 )
             arguments = (*inputs, *kept, *ln, tokens, *at_end)

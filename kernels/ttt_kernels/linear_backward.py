@@ -154,7 +154,7 @@ def backward(
 
                 wt, b = mini_batches.over_blocks(update, weights)
                 if blocks.wide:  # registers hold no second matrix
-                    wt = updated(wt, s.g, s.k_over_tokens.at[mini_batches.tokens(m)], blocks)
+                    wt = updated(wt, s.g, s.k_over_tokens.at[mini_batches.tokens(m)], fused=blocks.fused_update)
                 return wt, b
 
             weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch, weights)

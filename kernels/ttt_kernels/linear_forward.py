@@ -55,6 +55,7 @@ def forward(
     stages = min(blocks.stages, num_tiles)
     f32 = jnp.float32
     in_registers = blocks.register_operands and not in_blocks and not exact
+    fused_update = blocks.fused_update and not exact
     of_tokens = [hopper.stacked(x) for x in (q, k, v)]
     rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
     of_checkpoints = (
@@ -148,7 +149,7 @@ def forward(
                 g = inner_gradient(operand, b, at)
                 g_operand = operand_of(g, 1)
                 z_q = product((dim, n), (operand, q_t[at].T), (g_operand, mixing_s[at, at])) + over_columns(b, n)
-                wt = updated(wt, g_operand, k_step_s[at], blocks)
+                wt = updated(wt, g_operand, k_step_s[at], fused=fused_update)
                 b = updated_bias(b, g, at)
                 out = output(z_q, at)
                 if m == 0:
@@ -178,7 +179,7 @@ def forward(
                     out_s[at].T.write(output(z_q, at))
 
                 mini_batches.over_blocks(read, None)
-                return updated(wt, g_s, k_step_s[tokens], blocks), new_b
+                return updated(wt, g_s, k_step_s[tokens], fused=fused_update), new_b
 
             if in_blocks:
                 plgpu.wait_smem_to_gmem(0)  # of the tile before
@@ -234,8 +235,8 @@ def forward(
     return hopper.joined(out, q.dtype), *rest
 
 
-def updated(wt, left, right, blocks: LinearBlocks) -> Any:
-    """`wt` plus a product."""
-    if not blocks.fused_update:
+def updated(wt, left, right, *, fused: bool) -> Any:
+    """`wt` plus a product, `LinearBlocks.fused_update` or not."""
+    if not fused:
         return wt + product(wt.shape, (left, right))
     return pl.run_state(lambda acc: hopper.multiply(acc, left, right))(plgpu.WGMMAAccumulatorRef.init(wt))

@@ -57,9 +57,9 @@ def forward(
     mini_batches = MiniBatches(c, n)
     num_tiles = num_tokens // TILE
     num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
-    stages = min(blocks.stages, num_tiles)
-    f32, parts = jnp.float32, hopper.parts_of(q.dtype)
-    exact = parts > 1
+    exact, parts = q.dtype == jnp.float32, hopper.parts_of(q.dtype)
+    stages = min(1 if exact else blocks.stages, num_tiles)
+    f32 = jnp.float32
     of_tokens = [hopper.stacked(x) for x in (q, k, v)]
     rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
     exchange = Exchange(n, blocks.interpreted, at_once=1 if exact and c > n else 2)

@@ -101,7 +101,7 @@ def ttt_linear(
     _check(*inputs, *ln, shapes, "linear")
     if blocks is None:
         c = token_scale.shape[0]
-        blocks = LinearBlocks.choose(c, 4 * TILE // c, dim, q.dtype)
+        blocks = LinearBlocks.choose(c, 4 * TILE // c, dim)
     out, (wt, b1) = _padded(_LINEAR, inputs, (w1.swapaxes(-1, -2), b1), ln, causal, eps, blocks)
     return out, wt.swapaxes(-1, -2), b1
 
@@ -154,7 +154,7 @@ def ttt_mlp(
     w1t, w2t = w1.swapaxes(-1, -2).reshape(*slices, D), w2.reshape(*slices, D).swapaxes(-1, -2)
     if blocks is None:
         c = token_scale.shape[0]
-        blocks = MLPBlocks.choose(c, 4 * TILE // c, q.dtype)
+        blocks = MLPBlocks.choose(c, 4 * TILE // c)
     out, (w1t, b1_slices, w2t, b2) = _padded(_MLP, inputs, (w1t, b1.reshape(slices), w2t, b2), ln, causal, eps, blocks)
     w1, w2 = w1t.reshape(*w1.shape[:2], HIDDEN_UNITS, D).swapaxes(-1, -2), w2t.swapaxes(-1, -2).reshape(w2.shape)
     return out, w1, b1_slices.reshape(b1.shape), w2, b2

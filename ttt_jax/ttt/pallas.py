@@ -189,10 +189,10 @@ def _kernel(call: Call) -> tuple[jax.Array, TTTState]:
     operation: Any
     blocks: Any
     if isinstance(call.params, TTTMLPParams):
-        operation, blocks = ttt_kernels.ttt_mlp, ttt_kernels.MLPBlocks.choose(c, call.remat_every, call.dtype)
+        operation, blocks = ttt_kernels.ttt_mlp, ttt_kernels.MLPBlocks.choose(c, call.remat_every)
     else:
-        blocks = ttt_kernels.LinearBlocks.choose(c, call.remat_every, call.q.shape[-1], call.dtype)
         operation = ttt_kernels.ttt_linear
+        blocks = ttt_kernels.LinearBlocks.choose(c, call.remat_every, call.q.shape[-1])
     out, *weights = operation(
         *(call.q, call.k, call.v, call.lr, call.lr * call.token_scale[-1], call.token_scale),
         *state.weights,
