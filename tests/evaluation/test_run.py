@@ -14,6 +14,7 @@ import soundfile
 from ttt_jax.checkpoint import load, save_model
 from ttt_jax.data import conversations, prepare
 from ttt_jax.data.reader import open_dataset
+from ttt_jax.evaluation import plots
 from ttt_jax.evaluation.nll_by_position import nll_by_position, silent_frames
 from ttt_jax.evaluation.run import run
 from ttt_jax.models.moshi import Moshi, MoshiConfig, TTTInsertion
@@ -173,3 +174,22 @@ def test_a_model_of_other_streams_is_refused(checkpoint, dataset, tmp_path):
     test = open_dataset(dataset, "test")
     with pytest.raises(ValueError, match="expected card 100 as the model has, got 512"):
         nll_by_position(dataclasses.replace(config, card=100), params, test, test, test, split="test")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "labels"),
+    [
+        ({"text": [1.0], "audio": [2.0, 3.0]}, [("NLL [nats per token]", ["train text", "train audio"])]),
+        ({"loss": 0.5, "denoised_error": 1.0}, [("loss", ["train loss"])]),
+    ],
+)
+@pytest.mark.parametrize("diagnosed", [False, True])
+def test_the_plot_of_training_has_no_empty_panel(tmp_path, metrics, labels, diagnosed):
+    lines = [{"step": 1, "train": metrics}]
+    if diagnosed:
+        lines.append({"step": 1, "diagnostics": {"layers_0/ttt/gate_size": 0.1}})
+        labels = [*labels, ("", ["gate size"])]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panels = plots.training_figure(path).axes
+    assert [(axes.get_ylabel(), axes.get_legend_handles_labels()[1]) for axes in panels] == labels

@@ -243,20 +243,28 @@ def training_figure(metrics: pathlib.Path) -> Figure | None:
     if not metrics.is_file():
         return None
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    diagnostics = _diagnostics(lines)
     figure = Figure(figsize=(10, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for kind, style in (("train", "-"), ("validation", "o--")):
-        of_kind = [line for line in lines if kind in line]
-        for name, color in (("text", "tab:green"), ("audio", "tab:blue")):
-            if not of_kind or name not in of_kind[0][kind]:
-                continue
-            values = [np.mean(line[kind][name]) for line in of_kind]
-            left.plot([line["step"] for line in of_kind], values, style, color=color, label=f"{kind} {name}", ms=3)
-    left.set_ylabel("NLL [nats per token]")
-    for name, points in _diagnostics(lines).items():
-        right.plot(*zip(*points, strict=True), label=name)
-    right.set_title("TTT layers")
-    for axes in (left, right):
+    panels = figure.subplots(1, 2 if diagnostics else 1, squeeze=False)[0]
+    kinds = [
+        (kind, style, found)
+        for kind, style in (("train", "-"), ("validation", "o--"))
+        if (found := [line for line in lines if kind in line])
+    ]
+    of_tokens = any(name in found[0][kind] for kind, _, found in kinds for name in ("text", "audio"))
+    drawn = (("text", "tab:green"), ("audio", "tab:blue")) if of_tokens else (("loss", "tab:blue"),)
+    for kind, style, found in kinds:
+        for name, color in drawn:
+            if name in found[0][kind]:
+                values = [np.mean(line[kind][name]) for line in found]
+                label = f"{kind} {name}"
+                panels[0].plot([line["step"] for line in found], values, style, color=color, label=label, ms=3)
+    panels[0].set_ylabel("NLL [nats per token]" if of_tokens else "loss")
+    if diagnostics:
+        for name, points in diagnostics.items():
+            panels[1].plot(*zip(*points, strict=True), label=name)
+        panels[1].set_title("TTT layers")
+    for axes in panels:
         axes.set_xlabel("update")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
