@@ -68,9 +68,9 @@ class MLPBlocks:
 
     @classmethod
     def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int) -> "MLPBlocks":
-        """For a call: at C = 16 one stage, so that an SM holds two thread blocks of the forward kernel."""
+        """For a call: at C = 64 one stage, SMEM holds no more."""
         tiles = _tiles(mini_batches_per_checkpoint, mini_batch_size)
-        return cls(stages=1 if mini_batch_size == 16 else 2, tiles_per_checkpoint=tiles)
+        return cls(stages=2 if mini_batch_size == 16 else 1, tiles_per_checkpoint=tiles)
 
 
 _MOST = 16

@@ -131,7 +131,7 @@ class _Arrivals:
             mgpu.utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
             mgpu.warpgroup_barrier()
 
-        _inline(initialize, plgpu.RefType())(self.barrier)
+        hopper.inline(initialize, plgpu.RefType())(self.barrier)
 
     def expect(self, num_bytes: int) -> jax.Array:
         """Announces what all blocks together will store here; returns the parity to wait for, int32."""
@@ -161,7 +161,7 @@ class _Arrivals:
 
         scalar: Any = plgpu.Layout.WG_SPLAT
         result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar)
-        return _inline(announce, plgpu.RefType(), result=result)(self.barrier)
+        return hopper.inline(announce, plgpu.RefType(), result=result)(self.barrier)
 
     def store(self, value: jax.Array, target: Any, transforms: tuple[Any, Any]) -> None:
         """Into `target` of every block."""
@@ -178,7 +178,7 @@ class _Arrivals:
                     target, arrivals, cluster_dim=x, cluster_idx=peer, swizzle=4 * value.shape[1], optimized=False
                 )
 
-        _inline(store, hopper.WGMMA, plgpu.RefType(transforms), plgpu.RefType())(value, target, self.barrier)
+        hopper.inline(store, hopper.WGMMA, plgpu.RefType(transforms), plgpu.RefType())(value, target, self.barrier)
 
     def wait(self, parity: jax.Array) -> None:
         """Until all has come."""
@@ -186,13 +186,7 @@ class _Arrivals:
         def wait(_, barrier, parity):
             nvvm.mbarrier_try_wait_parity(_pointer(barrier), parity.registers.item(), mgpu.c(10_000_000, _int32()))
 
-        _inline(wait, plgpu.RefType(), plgpu.Layout.WG_SPLAT)(self.barrier, parity)
-
-
-def _inline(function: Callable[..., Any], *arguments: Any, result: Any = None) -> Callable[..., Any]:
-    """A function of Pallas' from one that writes Mosaic's code."""
-    inlined: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=result)
-    return inlined(function)
+        hopper.inline(wait, plgpu.RefType(), plgpu.Layout.WG_SPLAT)(self.barrier, parity)
 
 
 def _int32() -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import gpu
 
 TILE = 64
 """Tokens that are copied at once."""
@@ -168,6 +169,13 @@ def multiply(acc, a, b) -> None:
             plgpu.wgmma(acc, x, y)
 
 
+def updated(weights: jax.Array, left, right, *, fused: bool) -> Any:
+    """`weights` plus a product; fused, it accumulates onto them, and takes no other registers."""
+    if not fused:
+        return weights + product((weights.shape[0], weights.shape[1]), (left, right))
+    return pl.run_state(lambda acc: multiply(acc, left, right))(plgpu.WGMMAAccumulatorRef.init(weights))
+
+
 def copy_tokens(source, at: tuple[Any, Any, Any], target: Matrix, barrier) -> None:
     """`at` a row, tokens and head, from `[parts * B, T, H, D]` in global memory to SMEM."""
     for i, part in enumerate(target.parts):
@@ -194,6 +202,47 @@ def compiler_params(*, registers: int, exact: bool = False) -> Any:
         exact: whether `tanh`, `exp` and the like are not approximated.
     """
     return plgpu.CompilerParams(approx_math=not exact, reduction_scratch_bytes=1024 * registers)
+
+
+def sums_scratch(warpgroups: int, *, registers: int) -> Any:
+    """What `total_with` takes, for each warpgroup; `registers` as `compiler_params` has it."""
+    return plgpu.SMEM((warpgroups, 256 * registers), jnp.float32)
+
+
+def total_with(scratch) -> Callable[[jax.Array], jax.Array]:
+    """`inner.total` for several warpgroups at once, each with its scratch: Pallas' own has one for all."""
+
+    def total(x: jax.Array) -> jax.Array:
+        result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=COLUMNS)
+        return inline(lambda _, x, scratch: x.reduce("add", 0, scratch), WGMMA, plgpu.RefType(), result=result)(x, scratch)
+
+    return total
+
+
+def wait_for_each_other(barrier, *, interpreted: bool) -> None:
+    """All warpgroups of a block, each of which then sees what the others wrote to SMEM.
+
+    Args:
+        barrier: at which each arrives, for the interpreter; the chip has one of its own.
+        interpreted: whether to use it.
+    """
+
+
+    def wait(_) -> None:
+        gpu.barrier()
+
+    plgpu.commit_smem()
+    if interpreted:
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+    else:
+        inline(wait)()
+
+
+def inline(function: Callable[..., Any], *arguments: Any, result: Any = None) -> Callable[..., Any]:
+    """A function of Pallas' from one that writes Mosaic's code."""
+    inlined: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=result)
+    return inlined(function)
 
 
 def fetch(barrier, *copies: tuple[Any, Any]) -> None:

@@ -6,6 +6,7 @@ A block of tokens is transposed, [D, n], features along axis 0; where functions 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,24 +21,33 @@ def _for_each_feature(x: jax.Array, size: int, axis: int) -> jax.Array:
     return over_columns(x, size) if axis else over_rows(x, size)
 
 
+def total(x: jax.Array) -> jax.Array:
+    """The sum over features along axis 0. Its scratch is the thread block's: for one warpgroup at a time."""
+    return x.sum(axis=0)
+
+
+Total = Callable[[jax.Array], jax.Array]
+
 _STACKED = 16
 
 
-def means(*xs: jax.Array, axis: int = 0) -> list[jax.Array]:
+def means(*xs: jax.Array, axis: int = 0, total: Total = total) -> list[jax.Array]:
     """Of each, the mean over features, the same for each feature.
 
     Few tokens' sums over rows are one reduction of all: what it waits for, shuffles and SMEM, costs more than the sums.
     """
     size, num_tokens = xs[0].shape[axis], xs[0].shape[1 - axis]
     if axis or num_tokens > _STACKED:
-        found = [x.sum(axis=axis) for x in xs]
+        found = [x.sum(axis=1) if axis else total(x) for x in xs]
     else:
-        total = jnp.concatenate(xs, axis=1).sum(axis=0)
-        found = [total[i * num_tokens : (i + 1) * num_tokens] for i in range(len(xs))]
+        joined = total(jnp.concatenate(xs, axis=1))
+        found = [joined[i * num_tokens : (i + 1) * num_tokens] for i in range(len(xs))]
     return [_for_each_feature(x * (1.0 / size), size, axis) for x in found]
 
 
-def normalize(z: jax.Array, eps: float, axis: int = 0, *, exact: bool = False) -> tuple[jax.Array, jax.Array]:
+def normalize(
+    z: jax.Array, eps: float, axis: int = 0, *, exact: bool = False, total: Total = total
+) -> tuple[jax.Array, jax.Array]:
     """To zero mean and unit variance over features; also 1/std, as z.
 
     If not `exact`, the variance is the mean square without the mean's square, so that both means wait together: for
@@ -45,18 +55,18 @@ def normalize(z: jax.Array, eps: float, axis: int = 0, *, exact: bool = False) -
     is so large that float32 cancels here, bfloat16 has lost more.
     """
     if exact:
-        (mean,) = means(z, axis=axis)
-        (variance,) = means((z - mean) * (z - mean), axis=axis)
+        (mean,) = means(z, axis=axis, total=total)
+        (variance,) = means((z - mean) * (z - mean), axis=axis, total=total)
     else:
-        mean, mean_square = means(z, z * z, axis=axis)
+        mean, mean_square = means(z, z * z, axis=axis, total=total)
         variance = jnp.maximum(mean_square - mean * mean, 0.0)
     rstd = lax.rsqrt(variance + eps)
     return (z - mean) * rstd, rstd
 
 
-def without_projections(x: jax.Array, normalized: jax.Array, axis: int = 0) -> jax.Array:
+def without_projections(x: jax.Array, normalized: jax.Array, axis: int = 0, *, total: Total = total) -> jax.Array:
     """`x` without its mean and its part along `normalized`: a LayerNorm's derivative, times std."""
-    mean, along = means(x, x * normalized, axis=axis)
+    mean, along = means(x, x * normalized, axis=axis, total=total)
     return x - mean - normalized * along
 
 
@@ -78,11 +88,12 @@ def inner_gradient(
     axis: int = 0,
     *,
     exact: bool = False,
+    total: Total = total,
 ) -> InnerGradient:
     """Of `1/2 sum (LN(z) - target)^2` by z; gamma and beta have z's shape; `exact` as `normalize` has it."""
-    normalized, rstd = normalize(z, eps, axis, exact=exact)
+    normalized, rstd = normalize(z, eps, axis, exact=exact, total=total)
     error = gamma * normalized + beta - target
-    return InnerGradient(rstd * without_projections(gamma * error, normalized, axis), normalized, rstd, error)
+    return InnerGradient(rstd * without_projections(gamma * error, normalized, axis, total=total), normalized, rstd, error)
 
 
 class InnerDerivatives(NamedTuple):
@@ -94,14 +105,16 @@ class InnerDerivatives(NamedTuple):
     d_beta: jax.Array
 
 
-def back_through_inner_gradient(d_g: jax.Array, inner: InnerGradient, gamma: jax.Array) -> InnerDerivatives:
+def back_through_inner_gradient(
+    d_g: jax.Array, inner: InnerGradient, gamma: jax.Array, *, total: Total = total
+) -> InnerDerivatives:
     """The second derivative of the inner loss, times `d_g`."""
     g, normalized, rstd, error = inner
     d_h, gy = rstd * d_g, gamma * error
-    mean, along, of_gy, of_g = means(d_h, d_h * normalized, gy * normalized, d_g * g)
+    mean, along, of_gy, of_g = means(d_h, d_h * normalized, gy * normalized, d_g * g, total=total)
     d_gy = d_h - mean - normalized * along
     d_normalized = gamma * gamma * d_gy - d_h * of_gy - gy * along
-    d_z = without_projections(d_normalized, normalized) - normalized * of_g
+    d_z = without_projections(d_normalized, normalized, total=total) - normalized * of_g
     return InnerDerivatives(rstd * d_z, -gamma * d_gy, d_gy * (error + gamma * normalized), d_gy * gamma)
 
 

@@ -15,7 +15,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import LinearBlocks
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, load, over_columns, over_rows, product
-from ttt_kernels.linear_forward import updated
 from ttt_kernels.tiles import MiniBatches
 
 
@@ -154,7 +153,7 @@ def backward(
 
                 wt, b = mini_batches.over_blocks(update, weights)
                 if blocks.wide:  # registers hold no second matrix
-                    wt = updated(wt, s.g, s.k_over_tokens.at[mini_batches.tokens(m)], fused=blocks.fused_update)
+                    wt = hopper.updated(wt, s.g, s.k_over_tokens.at[mini_batches.tokens(m)], fused=blocks.fused_update)
                 return wt, b
 
             weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch, weights)

@@ -149,7 +149,7 @@ def forward(
                 g = inner_gradient(operand, b, at)
                 g_operand = operand_of(g, 1)
                 z_q = product((dim, n), (operand, q_t[at].T), (g_operand, mixing_s[at, at])) + over_columns(b, n)
-                wt = updated(wt, g_operand, k_step_s[at], fused=fused_update)
+                wt = hopper.updated(wt, g_operand, k_step_s[at], fused=fused_update)
                 b = updated_bias(b, g, at)
                 out = output(z_q, at)
                 if m == 0:
@@ -179,7 +179,7 @@ def forward(
                     out_s[at].T.write(output(z_q, at))
 
                 mini_batches.over_blocks(read, None)
-                return updated(wt, g_s, k_step_s[tokens], fused=fused_update), new_b
+                return hopper.updated(wt, g_s, k_step_s[tokens], fused=fused_update), new_b
 
             if in_blocks:
                 plgpu.wait_smem_to_gmem(0)  # of the tile before
@@ -233,10 +233,3 @@ def forward(
         interpret=interpret,
     )(*of_tokens, lr_read, lr_update, jnp.tile(scale, TILE // c), wt, b, ln_scale, ln_bias)
     return hopper.joined(out, q.dtype), *rest
-
-
-def updated(wt, left, right, *, fused: bool) -> Any:
-    """`wt` plus a product, `LinearBlocks.fused_update` or not."""
-    if not fused:
-        return wt + product(wt.shape, (left, right))
-    return pl.run_state(lambda acc: hopper.multiply(acc, left, right))(plgpu.WGMMAAccumulatorRef.init(wt))

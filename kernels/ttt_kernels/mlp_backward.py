@@ -1,7 +1,8 @@
-"""TTT-MLP, D = 64, 256 hidden units: the backward kernel; a cluster of four blocks walks back over a row and head.
+"""TTT-MLP, D = 64, 256 hidden units, C = 16: the backward kernel; four warpgroups walk back over a row and head.
 
-From each checkpoint it first walks forward, keeping the weights at the start of each mini-batch in global memory, then
-back. Blocks have slices of the hidden units, as in the forward kernel; a mini-batch is worked on in blocks of tokens.
+From each checkpoint they first walk forward, keeping the weights at the start of each mini-batch in global memory, then
+back. As in the forward kernel each has a slice of 64 hidden units, and what sums over all units is done by one
+warpgroup, which reads what the others left in SMEM: of a mini-batch's keys by the first, of its readers by the second.
 """
 
 from typing import Any, NamedTuple
@@ -14,40 +15,58 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import MLPBlocks
-from ttt_kernels.cluster import AXIS, SLICES, Exchange
+from ttt_kernels.cluster import AXIS, SLICES
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
 from ttt_kernels.tiles import MiniBatches
 
+C = 16
+"""Tokens of a mini-batch; of more, SMEM does not hold what is kept of one."""
+
+_OF_KEYS, _OF_READERS = 0, 1
+"""The warpgroups."""
+
+_STAGES = 2
+
+
+def _columns(i: int, width: int = C) -> Any:
+    """Of block i of a matrix whose columns are blocks of tokens."""
+    return pl.ds(i * C, width)
+
+
+_X, _G1, _X_Q, _D_Z1_Q, _D_U, _D_Z1 = range(6)
+"""Blocks of `_Matrices.hidden`; first those that are also read with the columns behind them, 64 in all."""
+
+_G2, _G2_STEP, _D_Z2_Q, _D_Z2 = range(4)
+"""Blocks of `_Matrices.outputs`."""
+
 
 class _Matrices(NamedTuple):
-    """Matrices in SMEM, bfloat16 but for two; where not said otherwise, rows are tokens."""
+    """Matrices in SMEM, bfloat16; those of hidden units begin with the slice, and mixing has (source, reader).
 
-    q: Any  # [TILE, 64]
-    k: Any
-    v: Any
+    A product has 64 rows: where sources are its rows, those behind the first 16 may be anything.
+    """
+
+    q: Any  # [stages, C, 64]
+    k: Any  # [stages * C + 48, 64]
+    v: Any  # [stages, C, 64]
     d_out: Any
+    d_q: Any  # [C, 64]
     d_k: Any
-    d_w1: Any  # [64, 64] float32, rows are outputs
-    d_w2: Any
-    w1: Any  # [64, 64], rows are outputs
+    d_v: Any
+    w1: Any  # [4, 64, 64], rows are outputs
     w2: Any
-    d_w1_operand: Any
-    d_w2_operand: Any
-    x: Any  # [TILE, 64], the hidden layer
-    g1: Any
-    g2: Any
-    x_q: Any  # [C, 64], of readers
-    d_z1_q: Any
-    d_z2_q: Any
-    g1_step: Any  # [columns, 64]
-    g2_step: Any
-    d_u: Any
-    d_z1: Any
-    d_z2: Any
-    mixing1: Any  # [TILE, C]: (source, reader)
+    d_w1: Any
+    d_w2: Any
+    hidden: Any  # [4, 64, 6 C]
+    outputs: Any  # [64, 4 C]
+    mixing1: Any  # [TILE, C], then `d_attention1`
     mixing2: Any
-    d_attention1: Any
     d_attention2: Any
+
+    @property
+    def d_attention1(self) -> Any:
+        """[TILE, C]."""
+        return self.mixing1
 
 
 def backward(
@@ -64,303 +83,379 @@ def backward(
         the derivatives by the first weights, d_ln_scale and d_ln_bias of each row `[B, H, 64]`.
     """
     batch_size, num_tokens, num_heads, _ = q.shape
-    c = scale.shape[0]
-    n = min(c, blocks.columns)
-    mini_batches = MiniBatches(c, n)
-    num_tiles = num_tokens // TILE
-    per_group = min(blocks.tiles_per_checkpoint, num_tiles)
-    num_groups = -(-num_tiles // blocks.tiles_per_checkpoint)
+    num_mini_batches = num_tokens // C
+    every = blocks.tiles_per_checkpoint * TILE // C
+    per_group, num_groups = min(every, num_mini_batches), -(-num_mini_batches // every)
     f32, bf16 = jnp.float32, jnp.bfloat16
-    exchange = Exchange(n, blocks.interpreted, at_once=2 if c == n else 1)
     rows = (batch_size, num_heads)
-    of_sums = exchange.results(rows)
 
     def body(
         q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, w1t_kept_g, b1_kept_g, w2t_kept_g, b2_kept_g, ln_scale_g,
         ln_bias_g, d_out_g, d_w1t_end_g, d_b1_end_g, d_w2t_end_g, d_b2_end_g,
         d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_w1t_g, d_b1_g, d_w2t_g, d_b2_g, d_ln_scale_g,
-        d_ln_bias_g, weights_g, biases_g, *refs,
+        d_ln_bias_g, weights_g, biases_g,
+        of_tokens_s, of_features_s, sums_s, zero_s, start_barrier, recompute_barriers, back_barriers, everyone, *of_matrices,
     ):  # fmt: skip
-        sums_g, refs = refs[: len(of_sums)], refs[len(of_sums) :]
-        (
-            lr_read_s, lr_update_s, scale_s, d_lr_read_s, d_lr_update_s, d_scale_s,
-            ln_scale_s, ln_bias_s, zero_s, start_barrier, recompute_barrier, tile_barrier, *rest,
-        ) = refs  # fmt: skip
-        of_matrices, of_exchange = rest[: len(_Matrices._fields)], rest[len(_Matrices._fields) :]
+        lr_update_s, of_slices_s = (of_tokens_s.at[pl.ds(at, size)] for at, size in ((0, _STAGES), (_STAGES, SLICES)))
+        scale_s, d_lr_update_s, d_scale_s = (of_tokens_s.at[_STAGES + SLICES + at] for at in range(3))
+        d_lr_read_s, step2_s, d_b2_s = (of_features_s.at[at] for at in range(3))
+        lr_read_s = of_features_s.at[pl.ds(3, _STAGES)]
         zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
+        row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
+        at_own = (row, head, own)
+        total = inner.total if blocks.interpreted else hopper.total_with(sums_s.at[own])
 
         def matrices() -> _Matrices:
             at = zero()
             return _Matrices(*(ref.at[at] for ref in of_matrices))
 
-        row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
-        at_own = (row, head, own)
-        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero)
+        def together() -> None:
+            hopper.wait_for_each_other(everyone, interpreted=blocks.interpreted)
 
-        hopper.fetch(
-            start_barrier, (scale_g, scale_s), (ln_scale_g.at[head], ln_scale_s), (ln_bias_g.at[head], ln_bias_s)
-        )
-        s = matrices()
-        s.d_w1[...], s.d_w2[...] = load(d_w1t_end_g.at[at_own]), load(d_w2t_end_g.at[at_own])
-        gamma, beta = (over_columns(load(ref, ROWS), n) for ref in (ln_scale_s, ln_bias_s))
+        def by(warpgroup: int, body, otherwise):
+            """What one warpgroup computes; the others have something of the same shapes."""
+            return lax.cond(own == warpgroup, body, lambda: otherwise)
 
-        def read_keys(s, at, b1, b2):
-            """The inner gradients of a block, under the weights in SMEM: of layer 2, then what layer 1 has."""
-            k_b = s.k.at[at].T
-            z1 = product((D, n), (s.w1, k_b)) + over_columns(b1, n)
-            s.x.at[at].T[...] = inner.gelu(z1).astype(bf16)
-            plgpu.commit_smem()
-            (z2,) = sums(lambda: product((D, n), (s.w2, s.x.at[at].T)))
-            target = load(s.v.at[at].T).astype(f32) - load(k_b).astype(f32)
-            keys = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps)
-            s.g2.at[at].T[...] = keys.g.astype(bf16)
-            plgpu.commit_smem()
-            d_x = product((D, n), (s.w2.T, s.g2.at[at].T))
-            g1 = d_x * inner.gelu_gradient(z1)
-            s.g1.at[at].T[...] = g1.astype(bf16)
-            return keys, z1, d_x, g1
+        def over_slices(pair):
+            """A sum over all hidden units."""
+            return [pair(j) for j in range(SLICES)]
 
-        def write_steps(s, at, g1, g2):
-            lr = over_rows(load(lr_update_s.at[at], COLUMNS))
-            s.g1_step.T[...] = (-(g1 * lr)).astype(bf16)
-            s.g2_step.T[...] = (-(g2 * lr)).astype(bf16)
-            return lr
+        def tokens_of(i):
+            return pl.ds(pl.multiple_of(i * C, C), C)
 
-        def recompute(first, j, weights):
-            """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
+        def fetch(barriers, i, slot, *sources: Any) -> None:
+            """From each source, in global memory, the tokens of mini-batch i, to their slot."""
+            for source, target in sources:
+                of_matrix = (row, tokens_of(i), head) if source.ndim == 4 else (row, head, tokens_of(i))
+                plgpu.copy_gmem_to_smem(source.at[*of_matrix], target, barriers.at[slot])
+
+        def keys_at(slot):
             s = matrices()
-            tokens = pl.ds((first + j) * TILE, TILE)
-            hopper.fetch(
-                recompute_barrier,
-                (k_g.at[row, tokens, head], s.k),
-                (v_g.at[row, tokens, head], s.v),
-                (lr_update_g.at[row, head, tokens], lr_update_s),
-            )
+            return (k_g, s.k.at[tokens_of(slot)]), (v_g, s.v.at[slot]), (lr_update_g, lr_update_s.at[slot])
 
-            def mini_batch(m, weights):
-                w1t, b1, w2t, b2 = weights
-                s = matrices()
-                kept = (*at_own, j * mini_batches.per_tile + m)
-                w1, w2 = w1t.astype(bf16), w2t.astype(bf16)
-                weights_g.at[*kept, 0][...], weights_g.at[*kept, 1][...] = w1, w2
-                biases_g.at[*kept, 0][...], biases_g.at[*kept, 1][...] = b1, b2
-                s.w1[...], s.w2[...] = w1, w2
-                plgpu.commit_smem()
+        def fetch_keys(i, slot):
+            fetch(recompute_barriers, i, slot, *keys_at(slot))
 
-                def update(i, weights):
-                    w1t, step1, w2t, step2 = weights
-                    s = matrices()
-                    at = mini_batches.block(m, i)
-                    keys, _, _, g1 = read_keys(s, at, b1, b2)
-                    lr = write_steps(s, at, g1, keys.g)
-                    plgpu.commit_smem()
-                    w1t = w1t + product((D, D), (s.g1_step.T, s.k.at[at]))
-                    w2t = w2t + product((D, D), (s.g2_step.T, s.x.at[at]))
-                    return w1t, step1 + (g1 * lr).sum(axis=1), w2t, step2 + (keys.g * lr).sum(axis=1)
-
-                nothing = jnp.zeros_like(b1)
-                w1t, step1, w2t, step2 = mini_batches.over_blocks(update, (w1t, nothing, w2t, nothing))
-                return w1t, b1 - step1, w2t, b2 - step2
-
-            weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch, weights)
-            plgpu.commit_smem()
-            return weights
-
-        def mini_batch(m, j, d_b1, d_b2, d_gamma, d_beta, d_lr_read):
+        def fetch_all(i, slot):
             s = matrices()
-            tokens, kept = mini_batches.tokens(m), (*at_own, j * mini_batches.per_tile + m)
-            s.w1[...], s.w2[...] = load(weights_g.at[*kept, 0]), load(weights_g.at[*kept, 1])
-            b1, b2 = (load(biases_g.at[*kept, i], ROWS) for i in range(2))
-            s.d_w1_operand[...], s.d_w2_operand[...] = load(s.d_w1).astype(bf16), load(s.d_w2).astype(bf16)
-            plgpu.commit_smem()
-            step = -over_columns(load(lr_read_s, ROWS), n)
-            if mini_batches.num_blocks == 1:
-                read = read_keys(s, mini_batches.block(m, 0), b1, b2)
-            else:
-                read = None
-                lax.fori_loop(
-                    0,
-                    mini_batches.num_blocks,
-                    lambda i, _: read_keys(matrices(), mini_batches.block(m, i), b1, b2) and None,
-                    None,
-                )
-            plgpu.commit_smem()
+            of_readers = (q_g, s.q.at[slot]), (d_out_g, s.d_out.at[slot]), (lr_read_g, lr_read_s.at[slot, pl.ds(0, C)])
+            fetch(back_barriers, i, slot, *keys_at(slot), *of_readers)
 
-            def back_through_reading(i, carry):
-                d_b1, d_b2, d_gamma, d_beta, d_lr_read = carry
-                s = matrices()
-                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                q_b, x_q, d_z1_q, d_z2_q = s.q.at[at].T, s.x_q.at[block].T, s.d_z1_q.at[block].T, s.d_z2_q.at[block].T
-                is_seen = mini_batches.is_seen(m, i, causal=causal)
-                by_reader = over_rows(load(scale_s.at[block], COLUMNS))
-                # The forward pass again.
-                attention1 = jnp.where(is_seen, product((TILE, n), (s.k, q_b)) + 1.0, 0.0)
-                s.mixing1.at[:, block][...] = (attention1 * by_reader * step).astype(bf16)
-                plgpu.commit_smem()
-                z1 = product((D, n), (s.w1, q_b), (s.g1.at[tokens].T, s.mixing1.at[tokens, block]))
-                z1 = z1 + over_columns(b1, n)
-                x_q[...] = inner.gelu(z1).astype(bf16)
-                plgpu.commit_smem()
-                attention2, z2 = sums(lambda: product((TILE, n), (s.x, x_q)), lambda: product((D, n), (s.w2, x_q)))
-                attention2 = jnp.where(is_seen, attention2 + 1.0, 0.0)
-                s.mixing2.at[:, block][...] = (attention2 * by_reader * step).astype(bf16)
-                plgpu.commit_smem()
-                z2 = z2 + product((D, n), (s.g2.at[tokens].T, s.mixing2.at[tokens, block])) + over_columns(b2, n)
-                # Back through layer 2.
-                d_out = load(s.d_out.at[at].T).astype(f32)
-                normalized, rstd = inner.normalize(z2, eps)
-                d_gamma = d_gamma + (d_out * normalized).sum(axis=1)
-                d_beta = d_beta + d_out.sum(axis=1)
-                d_z2 = rstd * inner.without_projections(d_out * gamma, normalized)
-                d_z2_q[...] = d_z2.astype(bf16)
-                plgpu.commit_smem()
-                d_mixing2 = jnp.where(is_seen, product((TILE, n), (s.g2, d_z2_q)), 0.0)
-                s.d_attention2.at[:, block][...] = (d_mixing2 * by_reader * step).astype(bf16)
-                plgpu.commit_smem()
-                # Back through layer 1.
-                d_x = product((D, n), (s.w2.T, d_z2_q), (s.x.at[tokens].T, s.d_attention2.at[tokens, block]))
-                d_z1 = d_x * inner.gelu_gradient(z1)
-                d_z1_q[...] = d_z1.astype(bf16)
-                plgpu.commit_smem()
-                d_mixing1 = jnp.where(is_seen, product((TILE, n), (s.g1, d_z1_q)), 0.0)
-                s.d_attention1.at[:, block][...] = (d_mixing1 * by_reader * step).astype(bf16)
-                # Each slice has its part of layer 1's, and a share of layer 2's, which all have.
-                d_steps = d_mixing1 * attention1 + d_mixing2 * attention2 * (1.0 / SLICES)
-                d_lr_read = d_lr_read - (d_steps * by_reader).sum(axis=1)
-                d_scale_s.at[at][...] = (d_steps * step).sum(axis=0)
-                return d_b1 + d_z1.sum(axis=1), d_b2 + d_z2.sum(axis=1), d_gamma, d_beta, d_lr_read
+        def fetched(fetch, barriers, count, first, step, body, carry):
+            """A loop over `count` mini-batches, `first + step * j`, which copies the ones to come."""
 
-            *carry, d_lr_read = mini_batches.over_blocks(back_through_reading, (d_b1, d_b2, d_gamma, d_beta, d_lr_read))
-            plgpu.commit_smem()
+            def start(j):
+                pl.when((own == 0) & (j < count))(lambda: fetch(first + step * j, lax.rem(j, jnp.int32(_STAGES))))
 
-            def back_through_update(i, carry):
-                next_d_b1, next_d_b2, d_gamma, d_beta = carry
-                s = matrices()
-                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                keys, z1, d_x, g1 = read_keys(s, at, b1, b2) if read is None else read
-                k_b, q_t, k_t = s.k.at[at].T, s.q.at[tokens].T, s.k.at[tokens].T
-                slope = inner.gelu_gradient(z1)
-                lr = write_steps(s, at, g1, keys.g)
-                # Back through the step of layer 1 and its inner gradient.
-                d_step1 = product((D, n), (s.d_w1_operand, k_b)) + over_columns(d_b1, n)
-                d_g1 = product((D, n), (s.d_z1_q.T, s.mixing1.at[at].T)) - d_step1 * lr
-                s.d_u.T[...] = (d_g1 * slope).astype(bf16)
-                plgpu.commit_smem()
-                # Back through the step of layer 2 and its inner gradient.
-                d_step2, d_g2 = sums(
-                    lambda: product((D, n), (s.d_w2_operand, s.x.at[at].T)), lambda: product((D, n), (s.w2, s.d_u.T))
-                )
-                d_step2 = d_step2 + over_columns(d_b2, n)
-                d_lr = (g1 * d_step1).sum(axis=0) + (keys.g * d_step2).sum(axis=0) * (1.0 / SLICES)
-                d_lr_update_s.at[at][...] = -d_lr
-                d_g2 = d_g2 + product((D, n), (s.d_z2_q.T, s.mixing2.at[at].T)) - d_step2 * lr
-                d = inner.back_through_inner_gradient(d_g2, keys, gamma)
-                d_gamma, d_beta = d_gamma + d.d_gamma.sum(axis=1), d_beta + d.d_beta.sum(axis=1)
-                s.d_z2.T[...] = d.d_z.astype(bf16)
-                plgpu.commit_smem()
-                # Back through the layers.
-                d_z1 = slope * product(
-                    (D, n),
-                    (s.w2.T, s.d_z2.T),
-                    (s.d_w2_operand.T, s.g2_step.T),
-                    (s.x_q.T, s.d_attention2.at[at].T),
-                )
-                d_z1 = d_z1 + d_g1 * d_x * inner.gelu_second_derivative(z1)
-                s.d_z1.T[...] = d_z1.astype(bf16)
-                plgpu.commit_smem()
-                # Back to the tokens and the weights.
-                d_k, d_q = sums(
-                    lambda: product(
-                        (D, n),
-                        (q_t, s.d_attention1.at[at].T),
-                        (s.d_w1_operand.T, s.g1_step.T),
-                        (s.w1.T, s.d_z1.T),
-                    ),
-                    lambda: product((D, n), (s.w1.T, s.d_z1_q.at[block].T), (k_t, s.d_attention1.at[tokens, block])),
-                )
-                s.d_out.at[at].T[...] = (load(s.d_out.at[at].T).astype(f32) + d_q).astype(bf16)
-                s.d_k.at[at].T[...] = (d_k - d.d_target).astype(bf16)
-                s.v.at[at].T[...] = d.d_target.astype(bf16)
-                s.d_w1[...] = load(s.d_w1) + product((D, D), (s.d_z1.T, s.k.at[at]))
-                s.d_w2[...] = load(s.d_w2) + product((D, D), (s.d_z2.T, s.x.at[at]), (s.g2.at[at].T, s.d_u))
-                return next_d_b1 + d_z1.sum(axis=1), next_d_b2 + d.d_z.sum(axis=1), d_gamma, d_beta
+            def iteration(j, carry):
+                slot = lax.rem(j, jnp.int32(_STAGES))
+                plgpu.barrier_wait(barriers.at[slot])
+                carry = body(first + step * j, slot, carry)
+                start(j + _STAGES)
+                return carry
 
-            carry = mini_batches.over_blocks(back_through_update, tuple(carry))
-            s.d_w1[...] = load(s.d_w1) + product((D, D), (s.d_z1_q.T, s.q.at[tokens]))
-            s.d_w2[...] = load(s.d_w2) + product((D, D), (s.d_z2_q.T, s.x_q))
-            return *carry, d_lr_read
+            for j in range(_STAGES):
+                start(jnp.int32(j))
+            return lax.fori_loop(jnp.int32(0), count, iteration, carry)
 
-        def tile(first, j, carry):
-            """Back over tile `first + j`."""
+        @pl.when(own == 0)
+        def _():
+            plgpu.copy_gmem_to_smem(scale_g, scale_s, start_barrier)
+
+        plgpu.barrier_wait(start_barrier)
+        gamma, beta = (over_columns(load(ref.at[head], ROWS), C) for ref in (ln_scale_g, ln_bias_g))
+
+        def write_hidden(block: int, value) -> None:
+            matrices().hidden.at[own, :, _columns(block)][...] = value.astype(bf16)
+
+        def write_outputs(block: int, value) -> None:
+            matrices().outputs.at[:, _columns(block)][...] = value.astype(bf16)
+
+        def read_hidden(j, block: int):
+            return matrices().hidden.at[j, :, _columns(block)]
+
+        def read_outputs(block: int):
+            return matrices().outputs.at[:, _columns(block)]
+
+        def hidden_layer(slot, w1t_and_w2t, b1):
+            """Weights and the keys' hidden layer to SMEM; the latter before GELU."""
             s = matrices()
-            tokens = pl.ds((first + j) * TILE, TILE)
-            hopper.fetch(
-                tile_barrier,
-                (q_g.at[row, tokens, head], s.q),
-                (k_g.at[row, tokens, head], s.k),
-                (v_g.at[row, tokens, head], s.v),
-                (d_out_g.at[row, tokens, head], s.d_out),
-                (lr_read_g.at[row, head, tokens], lr_read_s),
-                (lr_update_g.at[row, head, tokens], lr_update_s),
-            )
-            *carry, d_lr_read = lax.fori_loop(
-                0,
-                mini_batches.per_tile,
-                lambda i, carry: mini_batch(mini_batches.per_tile - 1 - i, j, *carry),
-                (*carry, jnp.zeros_like(carry[0])),
-            )
-            d_lr_read_s[...] = d_lr_read
+            s.w1.at[own][...], s.w2.at[own][...] = w1t_and_w2t
             plgpu.commit_smem()
+            z1 = product((D, C), (s.w1.at[own], s.k.at[tokens_of(slot)].T)) + over_columns(b1, C)
+            write_hidden(_X, inner.gelu(z1))
+            together()
+            return z1
+
+        def step_size(slot):
+            return over_rows(load(lr_update_s.at[slot], COLUMNS))
+
+        def inner_gradient(slot, b2):
+            """Of layer 2, to SMEM."""
+            s = matrices()
+            z2 = product((D, C), *over_slices(lambda j: (s.w2.at[j], read_hidden(j, _X)))) + over_columns(b2, C)
+            target = load(s.v.at[slot].T).astype(f32) - load(s.k.at[tokens_of(slot)].T).astype(f32)
+            keys = inner.inner_gradient(z2, target, gamma, beta, eps, total=total)
+            step = keys.g * step_size(slot)
+            write_outputs(_G2, keys.g)
+            write_outputs(_G2_STEP, -step)
+            return keys, step
+
+        def back_through_layer2(z1):
+            """The derivative of the inner loss by the hidden layer, and the gradient of layer 1."""
+            d_x = product((D, C), (matrices().w2.at[own].T, read_outputs(_G2)))
+            return d_x, d_x * inner.gelu_gradient(z1)
+
+        def recompute(first, i, slot, weights):
+            """Forward over mini-batch i, keeping the weights that it starts with."""
+            w1t, b1, w2t, b2 = weights
+            kept = (*at_own, i - first)
+            operands = w1t.astype(bf16), w2t.astype(bf16)
+            for at, (weight, bias) in enumerate(zip(operands, (b1, b2), strict=True)):
+                weights_g.at[*kept, at][...], biases_g.at[*kept, at][...] = weight, bias
+            z1 = hidden_layer(slot, operands, b1)
+
+            @pl.when(own == _OF_KEYS)
+            def _():
+                step2_s[...] = inner_gradient(slot, b2)[1].sum(axis=1)
+
+            together()
+            step1 = back_through_layer2(z1)[1] * step_size(slot)
+            write_hidden(_G1, -step1)
+            plgpu.commit_smem()
+            s, fused = matrices(), not blocks.interpreted
+            w1t = hopper.updated(w1t, read_hidden(own, _G1), s.k.at[tokens_of(slot)], fused=fused)
+            w2t = hopper.updated(w2t, read_outputs(_G2_STEP), read_hidden(own, _X).T, fused=fused)
+            b1, b2 = b1 - step1.sum(axis=1), b2 - load(step2_s, ROWS)
+            together()
+            return w1t, b1, w2t, b2
+
+        is_seen = MiniBatches(C, C).is_seen(0, 0, causal=causal)
+        nothing = jnp.zeros((TILE, C), f32)
+
+        def mini_batch(first, i, slot, carry):
+            """Back over mini-batch i."""
+            d_b1, d_b2, d_gamma, d_beta = carry
+            at, all_rows = tokens_of(slot), pl.ds(pl.multiple_of(slot * C, C), TILE)
+            kept = (*at_own, i - first)
+            b1, b2 = (load(biases_g.at[*kept, at], ROWS) for at in range(2))
+            z1 = hidden_layer(slot, tuple(load(weights_g.at[*kept, at]) for at in range(2)), b1)
+
+            def steps():
+                """[TILE, C]: minus the step sizes of the sources that a reader sees; its own scale."""
+                step = jnp.where(is_seen, -over_columns(load(lr_read_s.at[slot], ROWS), C), 0.0)
+                return step, over_rows(load(scale_s, COLUMNS))
+
+            # The forward pass again.
+            def attend():
+                s = matrices()
+                step, by_reader = steps()
+                attention = jnp.where(is_seen, product((TILE, C), (s.k.at[all_rows], s.q.at[slot].T)) + 1.0, 0.0)
+                s.mixing1[...] = (attention * by_reader * step).astype(bf16)
+                return attention
+
+            keys = by(_OF_KEYS, lambda: inner_gradient(slot, b2)[0], inner.InnerGradient(*(nothing,) * 4))
+            attention1 = by(_OF_READERS, attend, nothing)
+            together()
+            d_x, g1 = back_through_layer2(z1)
+            write_hidden(_G1, g1)
+            plgpu.commit_smem()
+            s = matrices()
+            z1_q = product((D, C), (s.w1.at[own], s.q.at[slot].T), (read_hidden(own, _G1), s.mixing1.at[pl.ds(0, C)]))
+            z1_q = z1_q + over_columns(b1, C)
+            write_hidden(_X_Q, inner.gelu(z1_q))
+            together()
+
+            # Back through layer 2 of the readers.
+            def read():
+                s = matrices()
+                step, by_reader = steps()
+                attention = product(
+                    (TILE, C), *over_slices(lambda j: (s.hidden.at[j, :, _columns(_X, TILE)].T, read_hidden(j, _X_Q)))
+                )
+                attention = jnp.where(is_seen, attention + 1.0, 0.0)
+                s.mixing2[...] = (attention * by_reader * step).astype(bf16)
+                plgpu.commit_smem()
+                z2 = product(
+                    (D, C),
+                    *over_slices(lambda j: (s.w2.at[j], read_hidden(j, _X_Q))),
+                    (read_outputs(_G2), s.mixing2.at[pl.ds(0, C)]),
+                )
+                d_out = load(s.d_out.at[slot].T).astype(f32)
+                normalized, rstd = inner.normalize(z2 + over_columns(b2, C), eps, total=total)
+                d_z2 = rstd * inner.without_projections(d_out * gamma, normalized, total=total)
+                write_outputs(_D_Z2_Q, d_z2)
+                d_b2_s[...] = d_z2.sum(axis=1)
+                plgpu.commit_smem()
+                d_mixing = product((TILE, C), (s.outputs.at[:, _columns(_G2, TILE)].T, read_outputs(_D_Z2_Q)))
+                d_mixing = jnp.where(is_seen, d_mixing, 0.0)
+                s.d_attention2[...] = (d_mixing * by_reader * step).astype(bf16)
+                return d_mixing * attention, d_gamma + (d_out * normalized).sum(axis=1), d_beta + d_out.sum(axis=1)
+
+            d_steps, d_gamma, d_beta = by(_OF_READERS, read, (nothing, d_gamma, d_beta))
+            together()
+            # Back through layer 1 of the readers, and through the step of layer 1 and its inner gradient.
+            s = matrices()
+            d_x_q = product(
+                (D, C),
+                (s.w2.at[own].T, read_outputs(_D_Z2_Q)),
+                (read_hidden(own, _X), s.d_attention2.at[pl.ds(0, C)]),
+            )
+            d_z1_q = d_x_q * inner.gelu_gradient(z1_q)
+            write_hidden(_D_Z1_Q, d_z1_q)
+            next_d_b1 = d_b1 + d_z1_q.sum(axis=1)
+            plgpu.commit_smem()
+            d_step1 = product((D, C), (s.d_w1.at[own], s.k.at[at].T)) + over_columns(d_b1, C)
+            d_g1 = product((D, C), (read_hidden(own, _D_Z1_Q), s.mixing1.at[pl.ds(0, C)].T))
+            d_g1 = d_g1 - d_step1 * step_size(slot)
+            write_hidden(_D_U, d_g1 * inner.gelu_gradient(z1))
+            of_slices_s.at[own][...] = total(g1 * d_step1)
+            together()
+
+            # Back to the queries, and through the step of layer 2 and its inner gradient.
+            @pl.when(own == _OF_READERS)
+            def _():
+                s = matrices()
+                step, by_reader = steps()
+                d_mixing = product(
+                    (TILE, C),
+                    *over_slices(lambda j: (s.hidden.at[j, :, _columns(_G1, TILE)].T, read_hidden(j, _D_Z1_Q))),
+                )
+                d_mixing = jnp.where(is_seen, d_mixing, 0.0)
+                s.d_attention1[...] = (d_mixing * by_reader * step).astype(bf16)
+                plgpu.commit_smem()
+                of_reader = d_steps + d_mixing * attention1
+                d_lr_read_s[...] = -(of_reader * by_reader).sum(axis=1)
+                d_scale_s[...] = total(of_reader * step)
+                d_q = product(
+                    (D, C),
+                    *over_slices(lambda j: (s.w1.at[j].T, read_hidden(j, _D_Z1_Q))),
+                    (s.k.at[at].T, s.d_attention1.at[pl.ds(0, C)]),
+                )
+                s.d_q.T[...] = (load(s.d_out.at[slot].T).astype(f32) + d_q).astype(bf16)
+
+            def back_through_keys():
+                s = matrices()
+                d_step = product((D, C), *over_slices(lambda j: (s.d_w2.at[j], read_hidden(j, _X))))
+                d_step = d_step + over_columns(d_b2, C)
+                d_g = product(
+                    (D, C),
+                    *over_slices(lambda j: (s.w2.at[j], read_hidden(j, _D_U))),
+                    (read_outputs(_D_Z2_Q), s.mixing2.at[pl.ds(0, C)].T),
+                )
+                d_lr = sum((load(of_slices_s.at[j], COLUMNS) for j in range(SLICES)), total(keys.g * d_step))
+                d_lr_update_s[...] = -d_lr
+                d = inner.back_through_inner_gradient(d_g - d_step * step_size(slot), keys, gamma, total=total)
+                write_outputs(_D_Z2, d.d_z)
+                s.d_v.T[...] = d.d_target.astype(bf16)
+                next_d_b2 = d_b2 + load(d_b2_s, ROWS) + d.d_z.sum(axis=1)
+                return next_d_b2, d_gamma + d.d_gamma.sum(axis=1), d_beta + d.d_beta.sum(axis=1), d.d_target
+
+            d_b2, d_gamma, d_beta, d_target = by(_OF_KEYS, back_through_keys, (d_b2, d_gamma, d_beta, nothing))
+            together()
+            # Back through the layers.
+            s = matrices()
+            d_z1 = product(
+                (D, C),
+                (s.w2.at[own].T, read_outputs(_D_Z2)),
+                (s.d_w2.at[own].T, read_outputs(_G2_STEP)),
+                (read_hidden(own, _X_Q), s.d_attention2.at[pl.ds(0, C)].T),
+            )
+            d_z1 = d_z1 * inner.gelu_gradient(z1) + d_g1 * d_x * inner.gelu_second_derivative(z1)
+            write_hidden(_D_Z1, d_z1)
+            next_d_b1 = next_d_b1 + d_z1.sum(axis=1)
+            together()
+
+            # Back to the keys and the weights.
+            @pl.when(own == _OF_KEYS)
+            def _():
+                s = matrices()
+                of_step = product((D, C), *over_slices(lambda j: (s.d_w1.at[j].T, read_hidden(j, _G1))))
+                d_k = product(
+                    (D, C),
+                    *over_slices(lambda j: (s.w1.at[j].T, read_hidden(j, _D_Z1))),
+                    (s.q.at[slot].T, s.d_attention1.at[pl.ds(0, C)].T),
+                )
+                s.d_k.T[...] = (d_k - of_step * step_size(slot) - d_target).astype(bf16)
+
+            s = matrices()
+            d_w1 = load(d_w1t_g.at[at_own]) + product(
+                (D, D), (read_hidden(own, _D_Z1), s.k.at[at]), (read_hidden(own, _D_Z1_Q), s.q.at[slot])
+            )
+            d_w1t_g.at[at_own][...] = d_w1
+            d_w1 = d_w1.astype(bf16)
+            d_w2 = load(d_w2t_g.at[at_own]) + product(
+                (D, D),
+                (read_outputs(_D_Z2), read_hidden(own, _X).T),
+                (read_outputs(_G2), read_hidden(own, _D_U).T),
+                (read_outputs(_D_Z2_Q), read_hidden(own, _X_Q).T),
+            )
+            d_w2t_g.at[at_own][...] = d_w2
+            d_w2 = d_w2.astype(bf16)
+            together()
+            s.d_w1.at[own][...], s.d_w2.at[own][...] = d_w1, d_w2
 
             @pl.when(own == 0)
             def _():
-                plgpu.copy_smem_to_gmem(s.d_out, d_q_g.at[row, tokens, head])
-                plgpu.copy_smem_to_gmem(s.d_k, d_k_g.at[row, tokens, head])
-                plgpu.copy_smem_to_gmem(s.v, d_v_g.at[row, tokens, head])
+                s, tokens = matrices(), tokens_of(i)
+                for source, target in ((s.d_q, d_q_g), (s.d_k, d_k_g), (s.d_v, d_v_g)):
+                    plgpu.copy_smem_to_gmem(source, target.at[row, tokens, head])
+                for source, target in (
+                    (d_lr_read_s.at[pl.ds(0, C)], d_lr_read_g),
+                    (d_lr_update_s, d_lr_update_g),
+                    (d_scale_s, d_scale_g),
+                ):
+                    plgpu.copy_smem_to_gmem(source, target.at[row, head, tokens])
+                plgpu.wait_smem_to_gmem(0)
 
-            hopper.save(
-                (d_lr_read_s, d_lr_read_g.at[*at_own, tokens]),
-                (d_lr_update_s, d_lr_update_g.at[*at_own, tokens]),
-                (d_scale_s, d_scale_g.at[*at_own, tokens]),
-            )
-            return tuple(carry)
+            return next_d_b1, d_b2, d_gamma, d_beta
 
         def group(i, carry):
             at = num_groups - 1 - i
-            first = at * blocks.tiles_per_checkpoint
-            count = per_group if num_tiles % per_group == 0 else jnp.minimum(per_group, num_tiles - first)
+            first = at * every
+            count = jnp.minimum(jnp.int32(per_group), num_mini_batches - first)
             weights = (
                 load(w1t_kept_g.at[row, head, at, own]),
                 load(b1_kept_g.at[row, head, at, own], ROWS),
                 load(w2t_kept_g.at[row, head, at, own]),
                 load(b2_kept_g.at[row, head, at], ROWS),
             )
-            lax.fori_loop(0, count, lambda j, weights: recompute(first, j, weights), weights)
-            return lax.fori_loop(0, count, lambda j, carry: tile(first, count - 1 - j, carry), carry)
+            fetched(
+                fetch_keys, recompute_barriers, count, first, 1,
+                lambda i, slot, weights: recompute(first, i, slot, weights), weights,
+            )  # fmt: skip
+            return fetched(
+                fetch_all, back_barriers, count, first + count - 1, -1,
+                lambda i, slot, carry: mini_batch(first, i, slot, carry), carry,
+            )  # fmt: skip
 
-        d_b1, d_b2 = load(d_b1_end_g.at[at_own], ROWS), load(d_b2_end_g.at[row, head], ROWS)
-        nothing = jnp.zeros_like(d_b1)
-        d_b1, d_b2, d_gamma, d_beta = lax.fori_loop(0, num_groups, group, (d_b1, d_b2, nothing, nothing))
         s = matrices()
-        d_w1t_g.at[at_own][...], d_w2t_g.at[at_own][...] = load(s.d_w1), load(s.d_w2)
+        for end, target, operand in ((d_w1t_end_g, d_w1t_g, s.d_w1), (d_w2t_end_g, d_w2t_g, s.d_w2)):
+            d_w = load(end.at[at_own])
+            target.at[at_own][...] = d_w
+            operand.at[own][...] = d_w.astype(bf16)
+        d_b1, d_b2 = load(d_b1_end_g.at[at_own], ROWS), load(d_b2_end_g.at[row, head], ROWS)
+        zeros = jnp.zeros_like(d_b1)
+        d_b1, d_b2, d_gamma, d_beta = lax.fori_loop(
+            jnp.int32(0), jnp.int32(num_groups), group, (d_b1, d_b2, zeros, zeros)
+        )
         d_b1_g.at[at_own][...] = d_b1
+        d_ln_scale_g.at[at_own][...], d_ln_bias_g.at[at_own][...] = d_gamma, d_beta
 
-        @pl.when(own == 0)
+        @pl.when(own == _OF_KEYS)
         def _():
-            for value, target in ((d_b2, d_b2_g), (d_gamma, d_ln_scale_g), (d_beta, d_ln_bias_g)):
-                target.at[row, head][...] = value
-
-        exchange.finish(of_exchange)
+            d_b2_g.at[row, head][...] = d_b2
 
     def matrix(*shape: int) -> Any:
-        return plgpu.SMEM(shape, bf16, transforms=hopper.over_tokens(n))
+        return plgpu.SMEM((1, *shape), bf16, transforms=hopper.over_tokens(C))
 
     def float32(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, f32)
 
-    steps, vector = plgpu.SMEM((TILE,), f32), plgpu.SMEM((D,), f32)
-    kept = per_group * mini_batches.per_tile
-    of_tokens, of_steps = jax.ShapeDtypeStruct(q.shape, bf16), float32(*rows, SLICES, num_tokens)
+    def vector(*shape: int) -> Any:
+        return plgpu.SMEM(shape, f32)
+
+    of_tokens, of_steps = jax.ShapeDtypeStruct(q.shape, bf16), float32(*rows, num_tokens)
     of_weights = tuple(float32(*x.shape) for x in (d_w1t, d_b1, d_w2t, d_b2))
     results = plgpu.kernel(
         body,
@@ -368,33 +463,31 @@ def backward(
             *(of_tokens,) * 3,
             *(of_steps,) * 3,
             *of_weights,
-            *(float32(*rows, D),) * 2,
-            jax.ShapeDtypeStruct((*rows, SLICES, kept, 2, D, D), bf16),
-            float32(*rows, SLICES, kept, 2, D),
-            *of_sums,
+            *(float32(*rows, SLICES, D),) * 2,
+            jax.ShapeDtypeStruct((*rows, SLICES, per_group, 2, D, D), bf16),
+            float32(*rows, SLICES, per_group, 2, D),
         ),
         grid=rows,
         grid_names=("row", "head"),
-        cluster=(SLICES,),
-        cluster_names=(AXIS,),
+        num_threads=SLICES,
+        thread_name=AXIS,
         scratch_types=[
-            *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps, vector, vector),
+            *(vector(_STAGES + SLICES + 3, C), vector(3 + _STAGES, D)),
+            hopper.sums_scratch(SLICES, registers=1),
             hopper.HIDDEN_ZERO,
-            *(plgpu.Barrier(num_arrivals=arrivals) for arrivals in (3, 3, 6)),
-            *(matrix(1, TILE, D),) * 5,
-            *(plgpu.SMEM((1, D, D), f32, transforms=hopper.FLOAT32),) * 2,
-            *(matrix(1, D, D),) * 4,
-            *(matrix(1, TILE, D),) * 3,
-            *(matrix(1, c, D),) * 3,
-            *(matrix(1, n, D),) * 5,
-            *(matrix(1, TILE, c),) * 4,
-            *exchange.scratch(),
+            plgpu.Barrier(),
+            *(plgpu.Barrier(num_arrivals=arrivals, num_barriers=_STAGES) for arrivals in (3, 6)),
+            plgpu.Barrier(num_arrivals=SLICES),
+            *(matrix(_STAGES, C, D), matrix(_STAGES * C + TILE - C, D), matrix(_STAGES, C, D), matrix(_STAGES, C, D)),
+            *(matrix(C, D),) * 3,
+            *(matrix(SLICES, D, D),) * 4,
+            *(matrix(SLICES, D, 6 * C), matrix(D, 4 * C)),
+            *(matrix(TILE, C),) * 3,
         ],
-        compiler_params=hopper.compiler_params(registers=8 if c == n else 4),
+        compiler_params=hopper.compiler_params(registers=0),
         interpret=interpret,
     )(
         *(q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t),
         *(d_b1, d_w2t, d_b2),
     )
-    d_q, d_k, d_v, *d_steps = results[:6]
-    return d_q, d_k, d_v, *(x.sum(axis=2) for x in d_steps), *results[6:12]
+    return *results[:10], *(x.sum(axis=2) for x in results[10:12])

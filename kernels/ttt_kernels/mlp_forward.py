@@ -1,7 +1,9 @@
-"""TTT-MLP, D = 64, 256 hidden units: the forward kernel; a cluster of four thread blocks walks over a row and head.
+"""TTT-MLP, D = 64, 256 hidden units: the forward kernel; four warpgroups of one thread block walk over a row and head.
 
-Each block is one warpgroup with a slice of 64 hidden units, whose weights it keeps in registers. What every block needs
-of all units is summed over the cluster; what has no hidden units each block computes for itself.
+Each has a slice of 64 hidden units, whose weights it keeps in registers. What sums over all units is split over tokens
+instead: a block of 16 tokens is one warpgroup's, which reads what the others left in SMEM. So a mini-batch has four
+parts, and after each the warpgroups wait for each other: the hidden layer of the keys, by slices; the inner gradient of
+layer 2, by tokens; layer 1's and the hidden layer of the readers, by slices; the outputs, by tokens.
 """
 
 from typing import Any, NamedTuple
@@ -14,25 +16,29 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_kernels import hopper, inner
 from ttt_kernels.blocks import MLPBlocks
-from ttt_kernels.cluster import AXIS, SLICES, Exchange
-from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, Matrix, load, over_columns, over_rows, product
+from ttt_kernels.cluster import AXIS, SLICES
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
 from ttt_kernels.tiles import MiniBatches
 
 
 class _Matrices(NamedTuple):
-    """Operands in SMEM."""
+    """Operands in SMEM, bfloat16; those of hidden units begin with the slice."""
 
-    out: Matrix  # [TILE, 64]
-    w1: Matrix  # [64, 64], rows are outputs
-    w2: Matrix
-    x: Matrix  # [TILE, 64], the hidden layer
-    x_q: Matrix  # [64, columns], that of readers
-    g1: Matrix  # [64, C], gradients by the layers' outputs, and times minus the step size
-    g1_step: Matrix
-    g2: Matrix
-    g2_step: Matrix
-    mixing1: Matrix  # [TILE, columns]: (source, reader), minus the steps that readers take along gradients of a layer
-    mixing2: Matrix
+    out: Any  # [TILE, 64]
+    w1: Any  # [4, 64, 64], rows are outputs
+    w2: Any
+    x: Any  # [4, 64, TILE], the hidden layer
+    g1: Any  # [4, 64, C], gradients by the outputs of layer 1, then `x_q`
+    g2: Any  # [64, C]
+    g2_step: Any  # [64, C], times minus the step size
+    k_step: Any  # [64, C], keys, likewise
+    mixing1: Any  # [TILE, C]: (source, reader), minus the steps that readers take along gradients of a layer
+    mixing2: Any
+
+    @property
+    def x_q(self) -> Any:
+        """[4, 64, C], the hidden layer of readers."""
+        return self.g1
 
 
 def forward(
@@ -48,7 +54,7 @@ def forward(
         b2: `[B, H, 64]` float32.
 
     Returns:
-        out `[B, T, H, 64]` in q's dtype and the weights at the end; where kept, the weights at each checkpoint:
+        out `[B, T, H, 64]` bfloat16 and the weights at the end; where kept, the weights at each checkpoint:
         `[B, H, N, ...]`.
     """
     batch_size, num_tokens, num_heads, _ = q.shape
@@ -57,13 +63,9 @@ def forward(
     mini_batches = MiniBatches(c, n)
     num_tiles = num_tokens // TILE
     num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
-    exact, parts = q.dtype == jnp.float32, hopper.parts_of(q.dtype)
-    stages = min(1 if exact else blocks.stages, num_tiles)
-    f32 = jnp.float32
-    of_tokens = [hopper.stacked(x) for x in (q, k, v)]
+    stages = min(blocks.stages, num_tiles)
+    f32, bf16 = jnp.float32, jnp.bfloat16
     rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
-    exchange = Exchange(n, blocks.interpreted, at_once=1 if exact and c > n else 2)
-    of_sums = exchange.results(rows)
     of_weights = tuple(shape(x.shape, f32) for x in (w1t, b1, w2t, b2))
     of_checkpoints = tuple(shape((*rows, num_checkpoints, *x.shape[2:]), f32) for x in of_weights) if keep else ()
 
@@ -72,31 +74,46 @@ def forward(
         out_g, w1t_end_g, b1_end_g, w2t_end_g, b2_end_g, *refs,
     ):  # fmt: skip
         kept_g, refs = refs[: len(of_checkpoints)], refs[len(of_checkpoints) :]
-        sums_g, refs = refs[: len(of_sums)], refs[len(of_sums) :]
         (
-            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, zero_s, tile_barriers, start_barrier,
-            *rest,
+            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, steps2_s, sums_s, zero_s,
+            tile_barriers, start_barrier, everyone, *of_matrices,
         ) = refs  # fmt: skip
-        of_matrices, of_exchange = rest[: len(_Matrices._fields)], rest[len(_Matrices._fields) :]
         zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
+        row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
+        total = inner.total if blocks.interpreted else hopper.total_with(sums_s.at[own])
 
         def matrices() -> _Matrices:
             at = zero()
-            return _Matrices(*(matrix[at] for matrix in of_matrices))
+            return _Matrices(*(ref.at[at] for ref in of_matrices))
 
-        row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
-        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero)
+        def together() -> None:
+            hopper.wait_for_each_other(everyone, interpreted=blocks.interpreted)
+
+        def over_slices(pairs):
+            """A sum over all hidden units."""
+            return [pair for j in range(SLICES) for pair in pairs(j)]
+
+        def for_block(body, first: int) -> None:
+            """Each block of a mini-batch by a warpgroup of its own, block 0 by warpgroup `first`."""
+            i = (own + SLICES - first) & (SLICES - 1)
+            if mini_batches.num_blocks == SLICES:
+                body(i)
+            else:
+                pl.when(i < mini_batches.num_blocks)(lambda: body(i))
 
         def fetch(i, slot):
             tokens = pl.ds(i * TILE, TILE)
             for source, target in ((q_g, q_s), (k_g, k_s), (v_g, v_s)):
-                hopper.copy_tokens(source, (row, tokens, head), target[slot], tile_barriers.at[slot])
+                plgpu.copy_gmem_to_smem(source.at[row, tokens, head], target.at[slot], tile_barriers.at[slot])
             for source, target in ((lr_read_g, lr_read_s), (lr_update_g, lr_update_s)):
                 plgpu.copy_gmem_to_smem(source.at[row, head, tokens], target.at[slot], tile_barriers.at[slot])
 
-        for slot in range(stages):
-            fetch(slot, slot)
-        plgpu.copy_gmem_to_smem(scale_g, scale_s, start_barrier)
+        @pl.when(own == 0)
+        def _():
+            for slot in range(stages):
+                fetch(slot, slot)
+            plgpu.copy_gmem_to_smem(scale_g, scale_s, start_barrier)
+
         w1t, w2t = (load(ref.at[row, head, own]) for ref in (w1t_g, w2t_g))
         b1, b2 = load(b1_g.at[row, head, own], ROWS), load(b2_g.at[row, head], ROWS)
         plgpu.barrier_wait(start_barrier)
@@ -114,61 +131,83 @@ def forward(
 
         def mini_batch(m, slot, weights):
             w1t, b1, w2t, b2 = weights
-            s = matrices()
             tokens = mini_batches.tokens(m)
-            q_t, k_t, v_t = q_s[slot], k_s[slot], v_s[slot]
-            s.w1.write(w1t)
-            s.w2.write(w2t)
+            q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
+            s = matrices()
+            s.w1.at[own][...], s.w2.at[own][...] = w1t.astype(bf16), w2t.astype(bf16)
             plgpu.commit_smem()
 
-            def learn(i, steps):
-                step1, step2 = steps
+            def hidden_layer(at, width):
+                s = matrices()
+                return product((D, width), (s.w1.at[own], k_t.at[at].T)) + over_columns(b1, width)
+
+            s.x.at[own, :, tokens][...] = inner.gelu(hidden_layer(tokens, c)).astype(bf16)
+            together()
+
+            def learn(i):
                 s = matrices()
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                k_b = k_t[at].T
-                z1 = product((D, n), (s.w1, k_b)) + over_columns(b1, n)
-                s.x[at].T.write(inner.gelu(z1))
-                plgpu.commit_smem()
-                (z2,) = sums(lambda: product((D, n), (s.w2, s.x[at].T)))
-                target = v_t[at].T.read() - k_b.read()
-                g2 = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps, exact=exact).g
+                z2 = product((D, n), *over_slices(lambda j: [(s.w2.at[j], s.x.at[j, :, at])])) + over_columns(b2, n)
+                keys = load(k_t.at[at].T).astype(f32)
+                target = load(v_t.at[at].T).astype(f32) - keys
+                g2 = inner.inner_gradient(z2, target, gamma, beta, eps, total=total).g
                 lr = over_rows(load(lr_update_s.at[slot, at], COLUMNS))
-                s.g2[:, block].write(g2)
-                s.g2_step[:, block].write(-(g2 * lr))
-                plgpu.commit_smem()
-                g1 = product((D, n), (s.w2.T, s.g2[:, block])) * inner.gelu_gradient(z1)
-                s.g1[:, block].write(g1)
-                s.g1_step[:, block].write(-(g1 * lr))
-                return step1 + (g1 * lr).sum(axis=1), step2 + (g2 * lr).sum(axis=1)
+                g2_step = g2 * lr
+                s.g2.at[:, block][...] = g2.astype(bf16)
+                s.g2_step.at[:, block][...] = (-g2_step).astype(bf16)
+                s.k_step.at[:, block][...] = (-(keys * lr)).astype(bf16)
+                steps2_s.at[i][...] = g2_step.sum(axis=1)
 
-            nothing = jnp.zeros_like(b1)
-            step1, step2 = mini_batches.over_blocks(learn, (nothing, nothing))
-            plgpu.commit_smem()
-
-            def read(i, carry):
-                s = matrices()
-                at = mini_batches.block(m, i)
-                q_b = q_t[at].T
+            def steps_of(i):
+                """[TILE, n]: minus the steps that the readers of block i take along their sources' gradients."""
                 is_seen = mini_batches.is_seen(m, i, causal=causal)
                 steps = over_columns(load(lr_read_s.at[slot], ROWS), n)
-                steps = jnp.where(is_seen, -steps * over_rows(load(scale_s.at[mini_batches.block(0, i)], COLUMNS)), 0.0)
-                s.mixing1.write(_mixing(product((TILE, n), (k_t, q_b)), steps))
-                plgpu.commit_smem()
-                z1 = product((D, n), (s.w1, q_b), (s.g1, s.mixing1[tokens])) + over_columns(b1, n)
-                s.x_q.write(inner.gelu(z1))
-                plgpu.commit_smem()
-                attention, z2 = sums(lambda: product((TILE, n), (s.x, s.x_q)), lambda: product((D, n), (s.w2, s.x_q)))
-                s.mixing2.write(_mixing(attention, steps))
-                plgpu.commit_smem()
-                z2 = z2 + product((D, n), (s.g2, s.mixing2[tokens])) + over_columns(b2, n)
-                out = q_b.read() + gamma * inner.normalize(z2, eps, exact=exact)[0] + beta
-                s.out[at].T.write(out)
-                return carry
+                return jnp.where(is_seen, -steps * over_rows(load(scale_s.at[mini_batches.block(0, i)], COLUMNS)), 0.0)
 
-            mini_batches.over_blocks(read, 0)
+            def attend(i):
+                s = matrices()
+                attention = product((TILE, n), (k_t, q_t.at[mini_batches.block(m, i)].T))
+                s.mixing1.at[:, mini_batches.block(0, i)][...] = _mixing(attention, steps_of(i)).astype(bf16)
+
+            for_block(learn, first=0)
+            for_block(attend, first=1)
+            together()
+
+            def back(i, step1):
+                s = matrices()
+                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
+                g1 = product((D, n), (s.w2.at[own].T, s.g2.at[:, block])) * inner.gelu_gradient(hidden_layer(at, n))
+                s.g1.at[own, :, block][...] = g1.astype(bf16)
+                return step1 + (g1 * over_rows(load(lr_update_s.at[slot, at], COLUMNS))).sum(axis=1)
+
+            step1 = mini_batches.over_blocks(back, jnp.zeros_like(b1))
+            plgpu.commit_smem()
+
             s = matrices()
-            w1t = w1t + product((D, D), (s.g1_step, k_t[tokens]))
-            w2t = w2t + product((D, D), (s.g2_step, s.x[tokens]))
+            z1 = product((D, c), (s.w1.at[own], q_t.at[tokens].T), (s.g1.at[own], s.mixing1.at[tokens]))
+            x_q = inner.gelu(z1 + over_columns(b1, c)).astype(bf16)
+            w1t = hopper.updated(w1t, s.g1.at[own], s.k_step.T, fused=not blocks.interpreted)
+            s.x_q.at[own][...] = x_q
+            w2t = hopper.updated(w2t, s.g2_step, s.x.at[own, :, tokens].T, fused=not blocks.interpreted)
+            step2 = sum((load(steps2_s.at[i], ROWS) for i in range(1, mini_batches.num_blocks)), load(steps2_s.at[0], ROWS))
+            together()
+
+            def read(i):
+                s = matrices()
+                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
+                attention = product((TILE, n), *over_slices(lambda j: [(s.x.at[j].T, s.x_q.at[j, :, block])]))
+                s.mixing2.at[:, block][...] = _mixing(attention, steps_of(i)).astype(bf16)
+                plgpu.commit_smem()
+                z2 = product(
+                    (D, n),
+                    *over_slices(lambda j: [(s.w2.at[j], s.x_q.at[j, :, block])]),
+                    (s.g2, s.mixing2.at[tokens, block]),
+                )
+                normalized, _ = inner.normalize(z2 + over_columns(b2, n), eps, total=total)
+                s.out.at[at].T[...] = (load(q_t.at[at].T).astype(f32) + gamma * normalized + beta).astype(bf16)
+
+            for_block(read, first=1)
+            together()
             return w1t, b1 - step1, w2t, b2 - step2
 
         def tile(i, weights):
@@ -183,18 +222,20 @@ def forward(
                     save(weights, w1t_g.at[own], b1_g.at[own], w2t_g.at[own], b2_g)
 
             plgpu.barrier_wait(tile_barriers.at[slot])
-            plgpu.wait_smem_to_gmem(0)  # the outputs of the tile before
-            plgpu.commit_smem()
-            weights = lax.fori_loop(0, mini_batches.per_tile, lambda m, weights: mini_batch(m, slot, weights), weights)
-            plgpu.commit_smem()
 
             @pl.when(own == 0)
             def _():
-                hopper.copy_tokens_back(matrices().out, out_g, (row, pl.ds(i * TILE, TILE), head))
+                plgpu.wait_smem_to_gmem(0)  # the outputs of the tile before; all wait for this warpgroup before they write
 
-            @pl.when(i + stages < num_tiles)
+            weights = lax.fori_loop(0, mini_batches.per_tile, lambda m, weights: mini_batch(m, slot, weights), weights)
+
+            @pl.when(own == 0)
             def _():
-                fetch(i + stages, slot)
+                plgpu.copy_smem_to_gmem(matrices().out, out_g.at[row, pl.ds(i * TILE, TILE), head])
+
+                @pl.when(i + stages < num_tiles)
+                def _():
+                    fetch(i + stages, slot)
 
             return weights
 
@@ -206,34 +247,37 @@ def forward(
             w2t_end_g.at[row, head, own],
             b2_end_g.at[row, head],
         )
-        plgpu.wait_smem_to_gmem(0)
-        exchange.finish(of_exchange)
+
+        @pl.when(own == 0)
+        def _():
+            plgpu.wait_smem_to_gmem(0)
 
     def matrix(*shape: int) -> Any:
-        return Matrix.scratch(parts, shape, hopper.over_tokens(n))
+        return plgpu.SMEM(shape, bf16, transforms=hopper.over_tokens(n))
 
-    tokens, operand = matrix(stages, TILE, D), matrix(1, D, c)
+    tokens = matrix(stages, TILE, D)
     steps = plgpu.SMEM((stages, TILE), f32)
-    out, *results = plgpu.kernel(
+    return plgpu.kernel(
         body,
-        out_type=(shape(of_tokens[0].shape, jnp.bfloat16), *of_weights, *of_checkpoints, *of_sums),
+        out_type=(shape(q.shape, bf16), *of_weights, *of_checkpoints),
         grid=rows,
         grid_names=("row", "head"),
-        cluster=(SLICES,),
-        cluster_names=(AXIS,),
+        num_threads=SLICES,
+        thread_name=AXIS,
         scratch_types=[
             *(tokens, tokens, tokens, steps, steps, plgpu.SMEM((c,), f32)),
+            *(plgpu.SMEM((mini_batches.num_blocks, D), f32), hopper.sums_scratch(SLICES, registers=4)),
             hopper.HIDDEN_ZERO,
-            plgpu.Barrier(num_arrivals=3 * parts + 2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=5, num_barriers=stages),
             plgpu.Barrier(),
-            *(matrix(1, TILE, D), matrix(1, D, D), matrix(1, D, D), matrix(1, TILE, D)),
-            *(matrix(1, D, n), operand, operand, operand, operand, matrix(1, TILE, n), matrix(1, TILE, n)),
-            *exchange.scratch(),
+            plgpu.Barrier(num_arrivals=SLICES),
+            *(matrix(1, TILE, D), matrix(1, SLICES, D, D), matrix(1, SLICES, D, D), matrix(1, SLICES, D, TILE)),
+            *(matrix(1, SLICES, D, c), matrix(1, D, c), matrix(1, D, c), matrix(1, D, c)),
+            *(matrix(1, TILE, c), matrix(1, TILE, c)),
         ],
-        compiler_params=hopper.compiler_params(exact=exact, registers=4),
+        compiler_params=hopper.compiler_params(registers=0),
         interpret=interpret,
-    )(*of_tokens, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
-    return hopper.joined(out, q.dtype), *results[: len(results) - len(of_sums)]
+    )(q, k, v, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
 
 
 def _mixing(attention: jax.Array, steps: jax.Array) -> jax.Array:

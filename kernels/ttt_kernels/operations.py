@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_kernels import interpreter, linear_backward, linear_forward, mlp_backward, mlp_forward
+from ttt_kernels import interpreter, linear_backward, linear_forward, mlp
 from ttt_kernels.blocks import LinearBlocks, MLPBlocks
 from ttt_kernels.cluster import SLICES
 from ttt_kernels.hopper import TILE, D
@@ -34,7 +34,7 @@ class _Model(NamedTuple):
 
 
 _LINEAR = _Model(linear_forward.forward, linear_backward.backward)
-_MLP = _Model(mlp_forward.forward, mlp_backward.backward)
+_MLP = _Model(mlp.forward, mlp.backward)
 
 
 class _Options(NamedTuple):

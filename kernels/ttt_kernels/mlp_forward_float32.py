@@ -1,0 +1,241 @@
+"""TTT-MLP, D = 64, 256 hidden units: the forward kernel; a cluster of four thread blocks walks over a row and head.
+
+Each block is one warpgroup with a slice of 64 hidden units, whose weights it keeps in registers. What every block needs
+of all units is summed over the cluster; what has no hidden units each block computes for itself.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ttt_kernels import hopper, inner
+from ttt_kernels.blocks import MLPBlocks
+from ttt_kernels.cluster import AXIS, SLICES, Exchange
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, Matrix, load, over_columns, over_rows, product
+from ttt_kernels.tiles import MiniBatches
+
+
+class _Matrices(NamedTuple):
+    """Operands in SMEM."""
+
+    out: Matrix  # [TILE, 64]
+    w1: Matrix  # [64, 64], rows are outputs
+    w2: Matrix
+    x: Matrix  # [TILE, 64], the hidden layer
+    x_q: Matrix  # [64, columns], that of readers
+    g1: Matrix  # [64, C], gradients by the layers' outputs, and times minus the step size
+    g1_step: Matrix
+    g2: Matrix
+    g2_step: Matrix
+    mixing1: Matrix  # [TILE, columns]: (source, reader), minus the steps that readers take along gradients of a layer
+    mixing2: Matrix
+
+
+def forward(
+    q, k, v, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias,
+    *, causal: bool, keep: bool, eps: float, blocks: MLPBlocks, interpret,
+):  # fmt: skip
+    """Outputs and final weights, and for the backward kernel the weights at each checkpoint.
+
+    Args: those of the linear model's kernel, its weights in slices of 64 hidden units:
+        w1t: `[B, H, 4, 64, 64]` float32, transposed: (hidden, in).
+        b1: `[B, H, 4, 64]` float32.
+        w2t: `[B, H, 4, 64, 64]` float32, transposed: (out, hidden).
+        b2: `[B, H, 64]` float32.
+
+    Returns:
+        out `[B, T, H, 64]` in q's dtype and the weights at the end; where kept, the weights at each checkpoint:
+        `[B, H, N, ...]`.
+    """
+    batch_size, num_tokens, num_heads, _ = q.shape
+    c = scale.shape[0]
+    n = min(c, blocks.columns)
+    mini_batches = MiniBatches(c, n)
+    num_tiles = num_tokens // TILE
+    num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
+    exact, parts = q.dtype == jnp.float32, hopper.parts_of(q.dtype)
+    stages = min(1 if exact else blocks.stages, num_tiles)
+    f32 = jnp.float32
+    of_tokens = [hopper.stacked(x) for x in (q, k, v)]
+    rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
+    exchange = Exchange(n, blocks.interpreted, at_once=1 if exact and c > n else 2)
+    of_sums = exchange.results(rows)
+    of_weights = tuple(shape(x.shape, f32) for x in (w1t, b1, w2t, b2))
+    of_checkpoints = tuple(shape((*rows, num_checkpoints, *x.shape[2:]), f32) for x in of_weights) if keep else ()
+
+    def body(
+        q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, w1t_g, b1_g, w2t_g, b2_g, ln_scale_g, ln_bias_g,
+        out_g, w1t_end_g, b1_end_g, w2t_end_g, b2_end_g, *refs,
+    ):  # fmt: skip
+        kept_g, refs = refs[: len(of_checkpoints)], refs[len(of_checkpoints) :]
+        sums_g, refs = refs[: len(of_sums)], refs[len(of_sums) :]
+        (
+            q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, zero_s, tile_barriers, start_barrier,
+            *rest,
+        ) = refs  # fmt: skip
+        of_matrices, of_exchange = rest[: len(_Matrices._fields)], rest[len(_Matrices._fields) :]
+        zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
+
+        def matrices() -> _Matrices:
+            at = zero()
+            return _Matrices(*(matrix[at] for matrix in of_matrices))
+
+        row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
+        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero)
+
+        def fetch(i, slot):
+            tokens = pl.ds(i * TILE, TILE)
+            for source, target in ((q_g, q_s), (k_g, k_s), (v_g, v_s)):
+                hopper.copy_tokens(source, (row, tokens, head), target[slot], tile_barriers.at[slot])
+            for source, target in ((lr_read_g, lr_read_s), (lr_update_g, lr_update_s)):
+                plgpu.copy_gmem_to_smem(source.at[row, head, tokens], target.at[slot], tile_barriers.at[slot])
+
+        for slot in range(stages):
+            fetch(slot, slot)
+        plgpu.copy_gmem_to_smem(scale_g, scale_s, start_barrier)
+        w1t, w2t = (load(ref.at[row, head, own]) for ref in (w1t_g, w2t_g))
+        b1, b2 = load(b1_g.at[row, head, own], ROWS), load(b2_g.at[row, head], ROWS)
+        plgpu.barrier_wait(start_barrier)
+        gamma, beta = (over_columns(load(ref.at[head], ROWS), n) for ref in (ln_scale_g, ln_bias_g))
+
+        def save(weights, *targets):
+            """Straight to global memory: once for many mini-batches."""
+            *of_slice, (b2, b2_target) = zip(weights, targets, strict=True)
+            for value, target in of_slice:
+                target[...] = value
+
+            @pl.when(own == 0)
+            def _():
+                b2_target[...] = b2
+
+        def mini_batch(m, slot, weights):
+            w1t, b1, w2t, b2 = weights
+            s = matrices()
+            tokens = mini_batches.tokens(m)
+            q_t, k_t, v_t = q_s[slot], k_s[slot], v_s[slot]
+            s.w1.write(w1t)
+            s.w2.write(w2t)
+            plgpu.commit_smem()
+
+            def learn(i, steps):
+                step1, step2 = steps
+                s = matrices()
+                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
+                k_b = k_t[at].T
+                z1 = product((D, n), (s.w1, k_b)) + over_columns(b1, n)
+                s.x[at].T.write(inner.gelu(z1))
+                plgpu.commit_smem()
+                (z2,) = sums(lambda: product((D, n), (s.w2, s.x[at].T)))
+                target = v_t[at].T.read() - k_b.read()
+                g2 = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps, exact=exact).g
+                lr = over_rows(load(lr_update_s.at[slot, at], COLUMNS))
+                s.g2[:, block].write(g2)
+                s.g2_step[:, block].write(-(g2 * lr))
+                plgpu.commit_smem()
+                g1 = product((D, n), (s.w2.T, s.g2[:, block])) * inner.gelu_gradient(z1)
+                s.g1[:, block].write(g1)
+                s.g1_step[:, block].write(-(g1 * lr))
+                return step1 + (g1 * lr).sum(axis=1), step2 + (g2 * lr).sum(axis=1)
+
+            nothing = jnp.zeros_like(b1)
+            step1, step2 = mini_batches.over_blocks(learn, (nothing, nothing))
+            plgpu.commit_smem()
+
+            def read(i, carry):
+                s = matrices()
+                at = mini_batches.block(m, i)
+                q_b = q_t[at].T
+                is_seen = mini_batches.is_seen(m, i, causal=causal)
+                steps = over_columns(load(lr_read_s.at[slot], ROWS), n)
+                steps = jnp.where(is_seen, -steps * over_rows(load(scale_s.at[mini_batches.block(0, i)], COLUMNS)), 0.0)
+                s.mixing1.write(_mixing(product((TILE, n), (k_t, q_b)), steps))
+                plgpu.commit_smem()
+                z1 = product((D, n), (s.w1, q_b), (s.g1, s.mixing1[tokens])) + over_columns(b1, n)
+                s.x_q.write(inner.gelu(z1))
+                plgpu.commit_smem()
+                attention, z2 = sums(lambda: product((TILE, n), (s.x, s.x_q)), lambda: product((D, n), (s.w2, s.x_q)))
+                s.mixing2.write(_mixing(attention, steps))
+                plgpu.commit_smem()
+                z2 = z2 + product((D, n), (s.g2, s.mixing2[tokens])) + over_columns(b2, n)
+                out = q_b.read() + gamma * inner.normalize(z2, eps, exact=exact)[0] + beta
+                s.out[at].T.write(out)
+                return carry
+
+            mini_batches.over_blocks(read, 0)
+            s = matrices()
+            w1t = w1t + product((D, D), (s.g1_step, k_t[tokens]))
+            w2t = w2t + product((D, D), (s.g2_step, s.x[tokens]))
+            return w1t, b1 - step1, w2t, b2 - step2
+
+        def tile(i, weights):
+            slot = lax.rem(i, stages)
+            if keep:
+
+                @pl.when(lax.rem(i, blocks.tiles_per_checkpoint) == 0)
+                def _():
+                    w1t_g, b1_g, w2t_g, b2_g = (
+                        ref.at[row, head, lax.div(i, blocks.tiles_per_checkpoint)] for ref in kept_g
+                    )
+                    save(weights, w1t_g.at[own], b1_g.at[own], w2t_g.at[own], b2_g)
+
+            plgpu.barrier_wait(tile_barriers.at[slot])
+            plgpu.wait_smem_to_gmem(0)  # the outputs of the tile before
+            plgpu.commit_smem()
+            weights = lax.fori_loop(0, mini_batches.per_tile, lambda m, weights: mini_batch(m, slot, weights), weights)
+            plgpu.commit_smem()
+
+            @pl.when(own == 0)
+            def _():
+                hopper.copy_tokens_back(matrices().out, out_g, (row, pl.ds(i * TILE, TILE), head))
+
+            @pl.when(i + stages < num_tiles)
+            def _():
+                fetch(i + stages, slot)
+
+            return weights
+
+        weights = lax.fori_loop(0, num_tiles, tile, (w1t, b1, w2t, b2))
+        save(
+            weights,
+            w1t_end_g.at[row, head, own],
+            b1_end_g.at[row, head, own],
+            w2t_end_g.at[row, head, own],
+            b2_end_g.at[row, head],
+        )
+        plgpu.wait_smem_to_gmem(0)
+        exchange.finish(of_exchange)
+
+    def matrix(*shape: int) -> Any:
+        return Matrix.scratch(parts, shape, hopper.over_tokens(n))
+
+    tokens, operand = matrix(stages, TILE, D), matrix(1, D, c)
+    steps = plgpu.SMEM((stages, TILE), f32)
+    out, *results = plgpu.kernel(
+        body,
+        out_type=(shape(of_tokens[0].shape, jnp.bfloat16), *of_weights, *of_checkpoints, *of_sums),
+        grid=rows,
+        grid_names=("row", "head"),
+        cluster=(SLICES,),
+        cluster_names=(AXIS,),
+        scratch_types=[
+            *(tokens, tokens, tokens, steps, steps, plgpu.SMEM((c,), f32)),
+            hopper.HIDDEN_ZERO,
+            plgpu.Barrier(num_arrivals=3 * parts + 2, num_barriers=stages),
+            plgpu.Barrier(),
+            *(matrix(1, TILE, D), matrix(1, D, D), matrix(1, D, D), matrix(1, TILE, D)),
+            *(matrix(1, D, n), operand, operand, operand, operand, matrix(1, TILE, n), matrix(1, TILE, n)),
+            *exchange.scratch(),
+        ],
+        compiler_params=hopper.compiler_params(exact=exact, registers=4),
+        interpret=interpret,
+    )(*of_tokens, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
+    return hopper.joined(out, q.dtype), *results[: len(results) - len(of_sums)]
+
+
+def _mixing(attention: jax.Array, steps: jax.Array) -> jax.Array:
+    """What readers take of sources' gradients; where one sees none, `attention` may be anything."""
+    return jnp.where(steps == 0.0, 0.0, (attention + 1.0) * steps)
