@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_kernels import hopper, inner
+from ttt_kernels import hopper, inner, sums
 from ttt_kernels.blocks import MLPBlocks
 from ttt_kernels.cluster import AXIS, SLICES
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
@@ -26,6 +26,8 @@ _OF_KEYS, _OF_READERS = 0, 1
 """The warpgroups."""
 
 _STAGES = 2
+_ALIGNED = 32
+"""Numbers that TMA's alignment of 128 bytes leaves room for."""
 
 
 def _columns(i: int, width: int = C) -> Any:
@@ -96,14 +98,16 @@ def backward(
         d_ln_bias_g, weights_g, biases_g,
         of_tokens_s, of_features_s, sums_s, zero_s, start_barrier, recompute_barriers, back_barriers, everyone, *of_matrices,
     ):  # fmt: skip
-        lr_update_s, of_slices_s = (of_tokens_s.at[pl.ds(at, size)] for at, size in ((0, _STAGES), (_STAGES, SLICES)))
-        scale_s, d_lr_update_s, d_scale_s = (of_tokens_s.at[_STAGES + SLICES + at] for at in range(3))
-        d_lr_read_s, step2_s, d_b2_s = (of_features_s.at[at] for at in range(3))
-        lr_read_s = of_features_s.at[pl.ds(3, _STAGES)]
+        lr_update_s, (scale_s, d_lr_update_s, d_scale_s) = (
+            of_tokens_s.at[pl.ds(0, _STAGES), pl.ds(0, C)],
+            (of_tokens_s.at[_STAGES + at, pl.ds(0, C)] for at in range(3)),
+        )
+        d_lr_read_s, step2_s, d_b2_s, of_slices_s = (of_features_s.at[at] for at in range(4))
+        lr_read_s = of_features_s.at[pl.ds(4, _STAGES)]
         zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
         at_own = (row, head, own)
-        total = inner.total if blocks.interpreted else hopper.total_with(sums_s.at[own])
+        total = inner.total if blocks.interpreted else sums.total(sums_s.at[own])
 
         def matrices() -> _Matrices:
             at = zero()
@@ -114,7 +118,7 @@ def backward(
 
         def by(warpgroup: int, body, otherwise):
             """What one warpgroup computes; the others have something of the same shapes."""
-            return lax.cond(own == warpgroup, body, lambda: otherwise)
+            return lax.cond(own == warpgroup, body, otherwise)
 
         def over_slices(pair):
             """A sum over all hidden units."""
@@ -254,8 +258,11 @@ def backward(
                 s.mixing1[...] = (attention * by_reader * step).astype(bf16)
                 return attention
 
-            keys = by(_OF_KEYS, lambda: inner_gradient(slot, b2)[0], inner.InnerGradient(*(nothing,) * 4))
-            attention1 = by(_OF_READERS, attend, nothing)
+            # Of the keys' warpgroup the inner gradient, of the readers' two matrices of attention; in the same registers.
+            own_matrices = by(
+                *(_OF_KEYS, lambda: tuple(inner_gradient(slot, b2)[0])),
+                lambda: by(_OF_READERS, lambda: (attend(), *(nothing,) * 3), lambda: (nothing,) * 4),
+            )
             together()
             d_x, g1 = back_through_layer2(z1)
             write_hidden(_G1, g1)
@@ -290,9 +297,14 @@ def backward(
                 d_mixing = product((TILE, C), (s.outputs.at[:, _columns(_G2, TILE)].T, read_outputs(_D_Z2_Q)))
                 d_mixing = jnp.where(is_seen, d_mixing, 0.0)
                 s.d_attention2[...] = (d_mixing * by_reader * step).astype(bf16)
-                return d_mixing * attention, d_gamma + (d_out * normalized).sum(axis=1), d_beta + d_out.sum(axis=1)
+                of_gamma, of_beta = (d_out * normalized).sum(axis=1), d_out.sum(axis=1)
+                return (own_matrices[0], d_mixing * attention, *own_matrices[2:]), d_gamma + of_gamma, d_beta + of_beta
 
-            d_steps, d_gamma, d_beta = by(_OF_READERS, read, (nothing, d_gamma, d_beta))
+            @pl.when(own == 0)
+            def _():
+                plgpu.wait_smem_to_gmem(0)  # the results of the mini-batch before
+
+            own_matrices, d_gamma, d_beta = by(_OF_READERS, read, lambda: (own_matrices, d_gamma, d_beta))
             together()
             # Back through layer 1 of the readers, and through the step of layer 1 and its inner gradient.
             s = matrices()
@@ -309,7 +321,7 @@ def backward(
             d_g1 = product((D, C), (read_hidden(own, _D_Z1_Q), s.mixing1.at[pl.ds(0, C)].T))
             d_g1 = d_g1 - d_step1 * step_size(slot)
             write_hidden(_D_U, d_g1 * inner.gelu_gradient(z1))
-            of_slices_s.at[own][...] = total(g1 * d_step1)
+            of_slices_s.at[tokens_of(own)][...] = total(load(read_hidden(own, _G1)).astype(f32) * d_step1)
             together()
 
             # Back to the queries, and through the step of layer 2 and its inner gradient.
@@ -324,6 +336,7 @@ def backward(
                 d_mixing = jnp.where(is_seen, d_mixing, 0.0)
                 s.d_attention1[...] = (d_mixing * by_reader * step).astype(bf16)
                 plgpu.commit_smem()
+                attention1, d_steps, *_ = own_matrices
                 of_reader = d_steps + d_mixing * attention1
                 d_lr_read_s[...] = -(of_reader * by_reader).sum(axis=1)
                 d_scale_s[...] = total(of_reader * step)
@@ -335,7 +348,7 @@ def backward(
                 s.d_q.T[...] = (load(s.d_out.at[slot].T).astype(f32) + d_q).astype(bf16)
 
             def back_through_keys():
-                s = matrices()
+                s, keys = matrices(), inner.InnerGradient(*own_matrices)
                 d_step = product((D, C), *over_slices(lambda j: (s.d_w2.at[j], read_hidden(j, _X))))
                 d_step = d_step + over_columns(d_b2, C)
                 d_g = product(
@@ -343,7 +356,7 @@ def backward(
                     *over_slices(lambda j: (s.w2.at[j], read_hidden(j, _D_U))),
                     (read_outputs(_D_Z2_Q), s.mixing2.at[pl.ds(0, C)].T),
                 )
-                d_lr = sum((load(of_slices_s.at[j], COLUMNS) for j in range(SLICES)), total(keys.g * d_step))
+                d_lr = sum((load(of_slices_s.at[pl.ds(j * C, C)], COLUMNS) for j in range(SLICES)), total(keys.g * d_step))
                 d_lr_update_s[...] = -d_lr
                 d = inner.back_through_inner_gradient(d_g - d_step * step_size(slot), keys, gamma, total=total)
                 write_outputs(_D_Z2, d.d_z)
@@ -351,7 +364,9 @@ def backward(
                 next_d_b2 = d_b2 + load(d_b2_s, ROWS) + d.d_z.sum(axis=1)
                 return next_d_b2, d_gamma + d.d_gamma.sum(axis=1), d_beta + d.d_beta.sum(axis=1), d.d_target
 
-            d_b2, d_gamma, d_beta, d_target = by(_OF_KEYS, back_through_keys, (d_b2, d_gamma, d_beta, nothing))
+            d_b2, d_gamma, d_beta, d_target = by(
+                _OF_KEYS, back_through_keys, lambda: (d_b2, d_gamma, d_beta, nothing)
+            )
             together()
             # Back through the layers.
             s = matrices()
@@ -406,7 +421,6 @@ def backward(
                     (d_scale_s, d_scale_g),
                 ):
                     plgpu.copy_smem_to_gmem(source, target.at[row, head, tokens])
-                plgpu.wait_smem_to_gmem(0)
 
             return next_d_b1, d_b2, d_gamma, d_beta
 
@@ -446,6 +460,10 @@ def backward(
         def _():
             d_b2_g.at[row, head][...] = d_b2
 
+        @pl.when(own == 0)
+        def _():
+            plgpu.wait_smem_to_gmem(0)
+
     def matrix(*shape: int) -> Any:
         return plgpu.SMEM((1, *shape), bf16, transforms=hopper.over_tokens(C))
 
@@ -472,8 +490,8 @@ def backward(
         num_threads=SLICES,
         thread_name=AXIS,
         scratch_types=[
-            *(vector(_STAGES + SLICES + 3, C), vector(3 + _STAGES, D)),
-            hopper.sums_scratch(SLICES, registers=1),
+            *(vector(_STAGES + 3, _ALIGNED), vector(4 + _STAGES, D)),
+            sums.scratch(SLICES),
             hopper.HIDDEN_ZERO,
             plgpu.Barrier(),
             *(plgpu.Barrier(num_arrivals=arrivals, num_barriers=_STAGES) for arrivals in (3, 6)),
@@ -484,7 +502,7 @@ def backward(
             *(matrix(SLICES, D, 6 * C), matrix(D, 4 * C)),
             *(matrix(TILE, C),) * 3,
         ],
-        compiler_params=hopper.compiler_params(registers=0),
+        compiler_params=hopper.compiler_params(registers=0, auto_barriers=False),
         interpret=interpret,
     )(
         *(q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t),

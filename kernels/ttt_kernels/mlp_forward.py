@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_kernels import hopper, inner
+from ttt_kernels import hopper, inner, sums
 from ttt_kernels.blocks import MLPBlocks
 from ttt_kernels.cluster import AXIS, SLICES
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
@@ -80,7 +80,7 @@ def forward(
         ) = refs  # fmt: skip
         zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
-        total = inner.total if blocks.interpreted else hopper.total_with(sums_s.at[own])
+        total = inner.total if blocks.interpreted else sums.total(sums_s.at[own])
 
         def matrices() -> _Matrices:
             at = zero()
@@ -187,6 +187,7 @@ def forward(
             z1 = product((D, c), (s.w1.at[own], q_t.at[tokens].T), (s.g1.at[own], s.mixing1.at[tokens]))
             x_q = inner.gelu(z1 + over_columns(b1, c)).astype(bf16)
             w1t = hopper.updated(w1t, s.g1.at[own], s.k_step.T, fused=not blocks.interpreted)
+            plgpu.commit_smem()  # g1 has been read
             s.x_q.at[own][...] = x_q
             w2t = hopper.updated(w2t, s.g2_step, s.x.at[own, :, tokens].T, fused=not blocks.interpreted)
             step2 = sum((load(steps2_s.at[i], ROWS) for i in range(1, mini_batches.num_blocks)), load(steps2_s.at[0], ROWS))
@@ -266,7 +267,7 @@ def forward(
         thread_name=AXIS,
         scratch_types=[
             *(tokens, tokens, tokens, steps, steps, plgpu.SMEM((c,), f32)),
-            *(plgpu.SMEM((mini_batches.num_blocks, D), f32), hopper.sums_scratch(SLICES, registers=4)),
+            *(plgpu.SMEM((mini_batches.num_blocks, D), f32), sums.scratch(SLICES)),
             hopper.HIDDEN_ZERO,
             plgpu.Barrier(num_arrivals=5, num_barriers=stages),
             plgpu.Barrier(),
@@ -275,7 +276,7 @@ def forward(
             *(matrix(1, SLICES, D, c), matrix(1, D, c), matrix(1, D, c), matrix(1, D, c)),
             *(matrix(1, TILE, c), matrix(1, TILE, c)),
         ],
-        compiler_params=hopper.compiler_params(registers=0),
+        compiler_params=hopper.compiler_params(registers=0, auto_barriers=False),
         interpret=interpret,
     )(q, k, v, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
 

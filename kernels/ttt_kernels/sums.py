@@ -1,0 +1,87 @@
+"""Sums over the rows of a matrix in the registers of one of a thread block's warpgroups.
+
+Pallas' own have one scratch for all warpgroups, and wait for it as many times as it is too small.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from ttt_kernels import hopper
+
+_COLUMNS, _WARPS, _LANES = 64, 4, 32
+
+
+def scratch(warpgroups: int) -> Any:
+    """What `total` takes, for each warpgroup."""
+    return plgpu.SMEM((warpgroups, _COLUMNS * _WARPS), jnp.float32)
+
+
+def total(scratch) -> Callable[[jax.Array], jax.Array]:
+    """A function that sums `[64, n]` float32 over its rows; n is 8, 16, 32 or 64. `scratch` is this warpgroup's."""
+
+    def of(x: jax.Array) -> jax.Array:
+        result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=hopper.COLUMNS)
+        return hopper.inline(_total, hopper.WGMMA, plgpu.RefType(), result=result)(x, scratch)
+
+    return of
+
+
+def _total(_, x, scratch):
+    """Of a thread's registers each two have a pair of columns, 2 (lane mod 4) and the next of 8: rows 8 apart."""
+    int32 = ir.IntegerType.get_signless(32)
+    pair, four = (ir.VectorType.get((size,), ir.F32Type.get()) for size in (2, 4))
+
+    def number(value: int):
+        return mgpu.c(value, int32)
+
+    def at(column, warp):
+        index = arith.addi(arith.muli(column, number(_WARPS)), warp)
+        return arith.index_cast(ir.IndexType.get(), index)
+
+    thread = mgpu.utils.thread_idx()
+    lane, warp = (arith.remui(thread, number(_LANES)), arith.divui(thread, number(_LANES)))
+    warp = arith.remui(warp, number(_WARPS))
+    pair_of_lane = arith.muli(arith.remui(lane, number(4)), number(2))
+    of_warp = []
+    for first, second in x.registers.reshape(-1, 2):
+        value = arith.addf(first, second)
+        for distance in (4, 8, 16):
+            value = arith.addf(value, mgpu.utils.shfl_bfly(value, distance))
+        of_warp.append(value)
+    # All lanes have all sums of their warp; each stores one pair, four lanes those of 8 columns.
+    eight = arith.remui(arith.divui(lane, number(4)), number(len(of_warp)))
+    own = of_warp[0]
+    for i, value in enumerate(of_warp[1:], 1):
+        own = arith.select(arith.cmpi(arith.CmpIPredicate.eq, eight, number(i)), value, own)
+    column = arith.addi(arith.muli(eight, number(8)), pair_of_lane)
+    for i in range(2):
+        value = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), _element(own, i))
+        vector.store(value, scratch, [at(arith.addi(column, number(i)), warp)])
+    mgpu.warpgroup_barrier()
+    sums = []
+    for i in range(len(of_warp)):
+        found = []
+        for j in range(2):
+            of_warps = vector.load(four, scratch, [at(arith.addi(pair_of_lane, number(8 * i + j)), number(0))])
+            first, second, third, fourth = (_element(of_warps, w) for w in range(_WARPS))
+            found.append(arith.addf(arith.addf(first, second), arith.addf(third, fourth)))
+        sums.append(vector.from_elements(pair, found))
+    mgpu.warpgroup_barrier()
+    layout = x.layout.reduce((0,))
+    registers = x.registers.reshape(-1)[: len(sums)].copy()
+    registers[:] = sums
+    shape = (x.shape[1],)
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
+    )
+
+
+def _element(value, i: int):
+    return vector.extract(value, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
