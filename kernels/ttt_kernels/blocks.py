@@ -57,7 +57,7 @@ class MLPBlocks:
             addresses are known when compiled, which costs it less.
     """
 
-    stages: int = 2
+    stages: int = 1
     tiles_per_checkpoint: int = 4
     columns: int = 16
     interpreted: bool = False
@@ -68,9 +68,8 @@ class MLPBlocks:
 
     @classmethod
     def choose(cls, mini_batch_size: int, mini_batches_per_checkpoint: int) -> "MLPBlocks":
-        """For a call: at C = 64 one stage, SMEM holds no more."""
-        tiles = _tiles(mini_batches_per_checkpoint, mini_batch_size)
-        return cls(stages=2 if mini_batch_size == 16 else 1, tiles_per_checkpoint=tiles)
+        """For a call: as many tiles between checkpoints as wanted."""
+        return cls(tiles_per_checkpoint=_tiles(mini_batches_per_checkpoint, mini_batch_size))
 
 
 _MOST = 16

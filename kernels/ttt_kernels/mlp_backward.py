@@ -191,6 +191,10 @@ def backward(
             together()
             return z1
 
+        def keys_z1(slot, b1):
+            s = matrices()
+            return product((D, C), (s.w1.at[own], s.k.at[tokens_of(slot)].T)) + over_columns(b1, C)
+
         def step_size(slot):
             return over_rows(load(lr_update_s.at[slot], COLUMNS))
 
@@ -320,7 +324,7 @@ def backward(
             d_step1 = product((D, C), (s.d_w1.at[own], s.k.at[at].T)) + over_columns(d_b1, C)
             d_g1 = product((D, C), (read_hidden(own, _D_Z1_Q), s.mixing1.at[pl.ds(0, C)].T))
             d_g1 = d_g1 - d_step1 * step_size(slot)
-            write_hidden(_D_U, d_g1 * inner.gelu_gradient(z1))
+            write_hidden(_D_U, d_g1 * inner.gelu_gradient(keys_z1(slot, b1)))
             of_slices_s.at[tokens_of(own)][...] = total(load(read_hidden(own, _G1)).astype(f32) * d_step1)
             together()
 
@@ -370,6 +374,8 @@ def backward(
             together()
             # Back through the layers.
             s = matrices()
+            z1 = keys_z1(slot, b1)
+            d_x, _ = back_through_layer2(z1)
             d_z1 = product(
                 (D, C),
                 (s.w2.at[own].T, read_outputs(_D_Z2)),
