@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -23,7 +24,6 @@ from typing import Any
 from ttt_kernels.h100 import H100
 
 TABLE = pathlib.Path(__file__).parents[1] / "resources.json"
-THREADS = 128
 KERNELS_PER_PROCESS = 3
 REGISTERS_OF_SM, SHARED_MEMORY_OF_SM, RESERVED_OF_CTA = 65536, 233472, 1024
 
@@ -35,7 +35,7 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     import jax
     import jax.numpy as jnp
 
-    from ttt_kernels import linear_backward, linear_forward, mlp_backward, mlp_forward
+    from ttt_kernels import linear_backward, linear_forward, mlp
     from ttt_kernels.blocks import LinearBlocks, MLPBlocks
     from ttt_kernels.cluster import SLICES
     from ttt_kernels.operations import FLOAT32_HEAD_DIMS
@@ -46,18 +46,18 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size, num_heads, *shape), dtype)
 
-    def linear(dim: int):
+    def of_linear(dim: int):
         return linear_forward.forward, linear_backward.backward, ((dim, dim), (dim,)), ((dim, dim), (dim,))
 
-    def mlp(dim: int):
+    def of_mlp(dim: int):
         matrix, hidden = (SLICES, dim, dim), SLICES * dim
         of_kernels = (matrix, (SLICES, dim), matrix, (dim,))
-        return mlp_forward.forward, mlp_backward.backward, of_kernels, ((dim, hidden), (hidden,), (hidden, dim), (dim,))
+        return mlp.forward, mlp.backward, of_kernels, ((dim, hidden), (hidden,), (hidden, dim), (dim,))
 
     models = {
-        ("linear", ""): (64, LinearBlocks.choose, *linear(64)),
-        ("linear", "_d128"): (128, functools.partial(LinearBlocks.choose, head_dim=128), *linear(128)),
-        ("mlp", ""): (64, MLPBlocks.choose, *mlp(64)),
+        ("linear", ""): (64, LinearBlocks.choose, *of_linear(64)),
+        ("linear", "_d128"): (128, functools.partial(LinearBlocks.choose, head_dim=128), *of_linear(128)),
+        ("mlp", ""): (64, MLPBlocks.choose, *of_mlp(64)),
     }
     found = {}
     for (name, suffix), (dim, choose, forward, backward, weights, of_step) in models.items():
@@ -115,20 +115,24 @@ def _resources_in(report: str, name: str) -> dict[str, int]:
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     shared = re.search(r"shared memory: (\d+) bytes", report)
-    if registers is None or spills is None or shared is None:
+    threads = re.search(r"threads: (\d+)", report)
+    if registers is None or spills is None or shared is None or threads is None:
         raise RuntimeError(f"{name} was not compiled:\n{report[-3000:]}")
     found = {
+        "threads": int(threads[1]),
         "registers": int(registers[1]),
         "spill_store_bytes": int(spills[1]),
         "spill_load_bytes": int(spills[2]),
         "shared_memory_bytes": int(shared[1]),
     }
-    return found | {"ctas_per_sm": ctas_per_sm(found["registers"], found["shared_memory_bytes"])}
+    return found | {
+        "ctas_per_sm": ctas_per_sm(found["registers"], found["shared_memory_bytes"], found["threads"])
+    }
 
 
-def ctas_per_sm(registers: int, shared_memory: int) -> int:
-    """How many CTAs of 128 threads an SM of an H100 holds at once; registers come in blocks of 8 a thread."""
-    by_registers = REGISTERS_OF_SM // (-(-registers // 8) * 8 * THREADS)
+def ctas_per_sm(registers: int, shared_memory: int, threads: int) -> int:
+    """How many CTAs an SM of an H100 holds at once; registers come in blocks of 8 a thread."""
+    by_registers = REGISTERS_OF_SM // (-(-registers // 8) * 8 * threads)
     return min(by_registers, SHARED_MEMORY_OF_SM // (shared_memory + RESERVED_OF_CTA))
 
 
@@ -143,28 +147,32 @@ def compile_kernel(name: str) -> None:
     print(f"kernel {name}", flush=True)
     kernel, arguments = kernels()[name]
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _reported_shared_memory():
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _reported_launches():
         lowered = jax.jit(kernel).trace(*arguments).lower(lowering_platforms=("cuda",))
     lowered.compile()
 
 
 @contextlib.contextmanager
-def _reported_shared_memory() -> Iterator[None]:
-    """Prints what Mosaic adds up for a kernel: the compiled program does not tell."""
+def _reported_launches() -> Iterator[None]:
+    """Prints a kernel's shared memory as Mosaic adds it up, and its threads: the compiled program does not tell."""
     from jax.experimental.mosaic.gpu import core
 
-    add_up = core._smem_tree_size
+    add_up, launch = core._smem_tree_size, core._launch
 
     def report(buffers):
         size = add_up(buffers)
         print(f"shared memory: {size} bytes", flush=True)
         return size
 
-    core._smem_tree_size = report
+    def launched(token, grid, cluster, block, *arguments, **options):
+        print(f"threads: {math.prod(block)}", flush=True)
+        return launch(token, grid, cluster, block, *arguments, **options)
+
+    core._smem_tree_size, core._launch = report, launched
     try:
         yield
     finally:
-        core._smem_tree_size = add_up
+        core._smem_tree_size, core._launch = add_up, launch
 
 
 def _directory_of_ptxas() -> str:

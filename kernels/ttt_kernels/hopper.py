@@ -193,19 +193,17 @@ def _of_part(i: int, ref, matrix: Matrix, at: tuple[Any, Any, Any]) -> tuple[Any
     return row + i * (ref.shape[0] // len(matrix.parts)) if i else row, *others
 
 
-def compiler_params(*, registers: int, exact: bool = False, auto_barriers: bool = True) -> Any:
+def compiler_params(*, exact: bool = False, auto_barriers: bool = True) -> Any:
     """Of a kernel.
 
     Args:
-        registers: how many of each thread's, two numbers each, are summed over the warps at once; each takes 1 KiB of
-            SMEM. More wait for these and a barrier. Sums over rows of `[64, n]` are of n / 8 registers.
         exact: whether `tanh`, `exp` and the like are not approximated.
         auto_barriers: whether Pallas makes a warpgroup wait for all its threads around each store. Else the kernel sees
             to it that between reading from SMEM and overwriting it, and between writing and reading what other threads
             wrote, there is a `commit_smem` or `wait_for_each_other`.
     """
     return plgpu.CompilerParams(
-        approx_math=not exact, reduction_scratch_bytes=1024 * registers, unsafe_no_auto_barriers=not auto_barriers
+        approx_math=not exact, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not auto_barriers
     )
 
 

@@ -1,10 +1,12 @@
 """The inner problem on tokens in registers, float32: LayerNorm, its loss, and GELU.
 
-A block of tokens is transposed, [D, n], features along axis 0; where functions take an axis, features may be along 1.
+A block of tokens is transposed, [D, n], features along axis 0; the loss may have them along axis 1.
 
 `g` is the gradient of the inner loss by the prediction, `d_x` the derivative of the outer loss by `x`.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,60 +18,6 @@ from jax import lax
 from ttt_kernels.hopper import over_columns, over_rows
 
 
-def _for_each_feature(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """A number of each token, the same for each of its features."""
-    return over_columns(x, size) if axis else over_rows(x, size)
-
-
-def total(x: jax.Array) -> jax.Array:
-    """The sum over features along axis 0. Its scratch is the thread block's: for one warpgroup at a time."""
-    return x.sum(axis=0)
-
-
-Total = Callable[[jax.Array], jax.Array]
-
-_STACKED = 16
-
-
-def means(*xs: jax.Array, axis: int = 0, total: Total = total) -> list[jax.Array]:
-    """Of each, the mean over features, the same for each feature.
-
-    Few tokens' sums over rows are one reduction of all: what it waits for, shuffles and SMEM, costs more than the sums.
-    """
-    size, num_tokens = xs[0].shape[axis], xs[0].shape[1 - axis]
-    if axis or num_tokens > _STACKED:
-        found = [x.sum(axis=1) if axis else total(x) for x in xs]
-    else:
-        joined = total(jnp.concatenate(xs, axis=1))
-        found = [joined[i * num_tokens : (i + 1) * num_tokens] for i in range(len(xs))]
-    return [_for_each_feature(x * (1.0 / size), size, axis) for x in found]
-
-
-def normalize(
-    z: jax.Array, eps: float, axis: int = 0, *, exact: bool = False, total: Total = total
-) -> tuple[jax.Array, jax.Array]:
-    """To zero mean and unit variance over features; also 1/std, as z.
-
-    If not `exact`, the variance is the mean square without the mean's square, so that both means wait together: for
-    predictions by weights in bfloat16. The updates leave the mean of a prediction's features as it is, and where that
-    is so large that float32 cancels here, bfloat16 has lost more.
-    """
-    if exact:
-        (mean,) = means(z, axis=axis, total=total)
-        (variance,) = means((z - mean) * (z - mean), axis=axis, total=total)
-    else:
-        mean, mean_square = means(z, z * z, axis=axis, total=total)
-        variance = jnp.maximum(mean_square - mean * mean, 0.0)
-    rstd = lax.rsqrt(variance + eps)
-    return (z - mean) * rstd, rstd
-
-
-def without_projections(x: jax.Array, normalized: jax.Array, axis: int = 0, *, total: Total = total) -> jax.Array:
-    """`x` without its mean and its part along `normalized`: a LayerNorm's derivative, times std."""
-    mean, along = means(x, x * normalized, axis=axis, total=total)
-    return x - mean - normalized * along
-
-
 class InnerGradient(NamedTuple):
     """The gradient of the inner loss by the prediction, and what its own derivative needs."""
 
@@ -77,23 +25,6 @@ class InnerGradient(NamedTuple):
     normalized: jax.Array
     rstd: jax.Array
     error: jax.Array  # LN(prediction) - target
-
-
-def inner_gradient(
-    z: jax.Array,
-    target: jax.Array,
-    gamma: jax.Array,
-    beta: jax.Array,
-    eps: float,
-    axis: int = 0,
-    *,
-    exact: bool = False,
-    total: Total = total,
-) -> InnerGradient:
-    """Of `1/2 sum (LN(z) - target)^2` by z; gamma and beta have z's shape; `exact` as `normalize` has it."""
-    normalized, rstd = normalize(z, eps, axis, exact=exact, total=total)
-    error = gamma * normalized + beta - target
-    return InnerGradient(rstd * without_projections(gamma * error, normalized, axis, total=total), normalized, rstd, error)
 
 
 class InnerDerivatives(NamedTuple):
@@ -105,17 +36,74 @@ class InnerDerivatives(NamedTuple):
     d_beta: jax.Array
 
 
-def back_through_inner_gradient(
-    d_g: jax.Array, inner: InnerGradient, gamma: jax.Array, *, total: Total = total
-) -> InnerDerivatives:
-    """The second derivative of the inner loss, times `d_g`."""
-    g, normalized, rstd, error = inner
-    d_h, gy = rstd * d_g, gamma * error
-    mean, along, of_gy, of_g = means(d_h, d_h * normalized, gy * normalized, d_g * g, total=total)
-    d_gy = d_h - mean - normalized * along
-    d_normalized = gamma * gamma * d_gy - d_h * of_gy - gy * along
-    d_z = without_projections(d_normalized, normalized, total=total) - normalized * of_g
-    return InnerDerivatives(rstd * d_z, -gamma * d_gy, d_gy * (error + gamma * normalized), d_gy * gamma)
+_STACKED = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """`1/2 sum (LN(z) - target)^2` of a prediction z; gamma and beta have z's shape.
+
+    Attributes:
+        eps: of the LayerNorm.
+        total: sums over rows, where features are.
+        axis: of features.
+        exact: whether the variance is the mean square of what differs from the mean. Else it is the mean square without
+            the mean's square, so that both means wait together: for predictions by weights in bfloat16. The updates
+            leave the mean of a prediction's features as it is, and where that is so large that float32 cancels here,
+            bfloat16 has lost more.
+    """
+
+    eps: float
+    total: Callable[[jax.Array], jax.Array] = functools.partial(jnp.sum, axis=0)
+    axis: int = 0
+    exact: bool = False
+
+    def means(self, *xs: jax.Array) -> list[jax.Array]:
+        """Of each, the mean over features, the same for each feature.
+
+        Few tokens' sums over rows are one reduction of all: what it waits for, shuffles and SMEM, costs more than the
+        sums.
+        """
+        size, num_tokens = xs[0].shape[self.axis], xs[0].shape[1 - self.axis]
+        if self.axis or num_tokens > _STACKED:
+            found = [x.sum(axis=1) if self.axis else self.total(x) for x in xs]
+        else:
+            joined = self.total(jnp.concatenate(xs, axis=1) if len(xs) > 1 else xs[0])
+            found = [joined[i * num_tokens : (i + 1) * num_tokens] for i in range(len(xs))]
+        for_each_feature = over_columns if self.axis else over_rows
+        return [for_each_feature(x * (1.0 / size), size) for x in found]
+
+    def normalize(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """To zero mean and unit variance over features; also 1/std, as z."""
+        if self.exact:
+            (mean,) = self.means(z)
+            (variance,) = self.means((z - mean) * (z - mean))
+        else:
+            mean, mean_square = self.means(z, z * z)
+            variance = jnp.maximum(mean_square - mean * mean, 0.0)
+        rstd = lax.rsqrt(variance + self.eps)
+        return (z - mean) * rstd, rstd
+
+    def without_projections(self, x: jax.Array, normalized: jax.Array) -> jax.Array:
+        """`x` without its mean and its part along `normalized`: a LayerNorm's derivative, times std."""
+        mean, along = self.means(x, x * normalized)
+        return x - mean - normalized * along
+
+    def gradient(self, z: jax.Array, target: jax.Array, gamma: jax.Array, beta: jax.Array) -> InnerGradient:
+        """By z."""
+        normalized, rstd = self.normalize(z)
+        error = gamma * normalized + beta - target
+        return InnerGradient(rstd * self.without_projections(gamma * error, normalized), normalized, rstd, error)
+
+    def back_through_gradient(self, d_g: jax.Array, inner: InnerGradient, gamma: jax.Array) -> InnerDerivatives:
+        """The second derivative, times `d_g`."""
+        g, normalized, rstd, error = inner
+        d_h, gy = rstd * d_g, gamma * error
+        mean, along, of_gy, of_g = self.means(d_h, d_h * normalized, gy * normalized, d_g * g)
+        d_gy = d_h - mean - normalized * along
+        d_normalized = gamma * gamma * d_gy - d_h * of_gy - gy * along
+        d_z = self.without_projections(d_normalized, normalized) - normalized * of_g
+        return InnerDerivatives(rstd * d_z, -gamma * d_gy, d_gy * (error + gamma * normalized), d_gy * gamma)
 
 
 _ROOT, _CUBIC = (2 / math.pi) ** 0.5, 0.044715

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_kernels import hopper, inner
+from ttt_kernels import hopper, inner, sums
 from ttt_kernels.blocks import LinearBlocks
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, load, over_columns, over_rows, product
 from ttt_kernels.tiles import MiniBatches
@@ -77,12 +77,13 @@ def backward(
         d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_wt_g, d_b_g, d_ln_scale_g, d_ln_bias_g,
         weights_g, biases_g,
         q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s, lr_read_s, lr_update_s, scale_s,
-        d_lr_read_s, d_lr_update_s, d_scale_s, wt_s, d_wt_or_zero_s, d_wt_s, *refs,
+        d_lr_read_s, d_lr_update_s, d_scale_s, wt_s, d_wt_or_zero_s, d_wt_s, sums_s, *refs,
     ):  # fmt: skip
         of_mini_batch, barriers = refs[: -len(arrivals)], refs[-len(arrivals) :]
         start_barrier, recompute_barrier, tile_barrier, *block_barriers = barriers
         of_tile = (q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s)
         row, head = lax.axis_index("row"), lax.axis_index("head")
+        loss = inner.Loss(eps, sums.total(sums_s.at[0], interpreted=bool(interpret)))
         zero = hopper.hidden_zero(d_wt_or_zero_s, known=not blocks.hidden_addresses)
 
         def matrices() -> _Matrices:
@@ -117,7 +118,7 @@ def backward(
             k_b, v_b = s.k.at[at].T, fetched(t, v_g, s.v, at).T
             z = product((dim, n), (s.wt, k_b)) + over_columns(b, n)
             target = load(v_b).astype(f32) - load(k_b).astype(f32)
-            return inner.inner_gradient(z, target, gamma, beta, eps)
+            return loss.gradient(z, target, gamma, beta)
 
         def recompute(first, j, weights):
             """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
@@ -197,17 +198,17 @@ def backward(
                 plgpu.commit_smem()
                 z_q = product((dim, n), (s.wt, q_b), (s.g, s.mixing.at[tokens, block])) + over_columns(b, n)
                 d_out = load(fetched(t, d_out_g, s.d_out, at).T).astype(f32)
-                normalized, rstd = inner.normalize(z_q, eps)
+                normalized, rstd = loss.normalize(z_q)
                 d_gamma = d_gamma + (d_out * normalized).sum(axis=1)
                 d_beta = d_beta + d_out.sum(axis=1)
-                d_zq = rstd * inner.without_projections(d_out * gamma, normalized)
+                d_zq = rstd * loss.without_projections(d_out * gamma, normalized)
                 s.d_zq_tokens.at[block].T[...] = d_zq.astype(bf16)
                 s.d_zq.at[:, block][...] = d_zq.astype(bf16)
                 plgpu.commit_smem()
                 d_mixing = jnp.where(is_seen, product((TILE, n), (s.g_tokens, s.d_zq_tokens.at[block].T)), 0.0)
                 d_steps = d_mixing * attention
                 d_lr_read = d_lr_read - (d_steps * by_reader).sum(axis=1)
-                d_scale_s.at[at][...] = (d_steps * step).sum(axis=0)
+                d_scale_s.at[at][...] = loss.total(d_steps * step)
                 s.d_attention.at[:, block][...] = (d_mixing * by_reader * step).astype(bf16)
                 return d_b + d_zq.sum(axis=1), d_gamma, d_beta, d_lr_read
 
@@ -223,10 +224,10 @@ def backward(
                 g = keys.g
                 lr_update = over_rows(load(lr_update_s.at[at], COLUMNS), dim)
                 d_step = product((dim, n), (s.d_wt, s.k.at[at].T)) + over_columns(d_b, n)
-                d_lr_update_s.at[at][...] = -(g * d_step).sum(axis=0)
+                d_lr_update_s.at[at][...] = -loss.total(g * d_step)
                 s.g_step_tokens.at[block].T[...] = (-(g * lr_update)).astype(bf16)
                 d_g = product((dim, n), (s.d_zq, s.mixing.at[at].T)) - d_step * lr_update
-                d = inner.back_through_inner_gradient(d_g, keys, gamma)
+                d = loss.back_through_gradient(d_g, keys, gamma)
                 d_gamma, d_beta = d_gamma + d.d_gamma.sum(axis=1), d_beta + d.d_beta.sum(axis=1)
                 s.d_zk_tokens.at[block].T[...] = d.d_z.astype(bf16)
                 s.d_zk.at[:, block][...] = d.d_z.astype(bf16)
@@ -321,8 +322,6 @@ def backward(
     operand, right_operand, pairs = matrix(dim, c, summed), matrix(c, dim), matrix(TILE, c, summed)
     v_or_d_out, shared = (matrix(n, dim), 1) if tight else (tokens, 0)
     d_wt_or_zero = hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32)
-    # As many as SMEM has room for: at C = 16 for two blocks on an SM.
-    summed_at_once = 2 if tight or (c < TILE and not blocks.wide) else 4 if blocks.wide else 8
     arrivals = (1 if blocks.wide else 2, *((2, 6, 1) if tight else (3, 8)))
     steps = plgpu.SMEM((TILE,), f32)
     kept = per_group * mini_batches.per_tile
@@ -344,13 +343,13 @@ def backward(
         scratch_types=[
             *(tokens, tokens, v_or_d_out, v_or_d_out, tokens, over_tokens, over_tokens),
             *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps),
-            *(weights, d_wt_or_zero, weights),
+            *(weights, d_wt_or_zero, weights, sums.scratch(1)),
             *(operand,) * (3 - shared),
             *(right_operand,) * (3 - 2 * shared),
             *(pairs,) * 2,
             *(plgpu.Barrier(num_arrivals=count) for count in arrivals),
         ],
-        compiler_params=hopper.compiler_params(registers=summed_at_once),
+        compiler_params=hopper.compiler_params(),
         interpret=interpret,
     )(q, k, v, lr_read, lr_update, scale, wt_kept, b_kept, ln_scale, ln_bias, d_out, d_wt, d_b)
     return results[:-2]

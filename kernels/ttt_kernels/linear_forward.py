@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_kernels import hopper, inner
+from ttt_kernels import hopper, inner, sums
 from ttt_kernels.blocks import LinearBlocks
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, WGMMA, Matrix, load, over_columns, over_rows, product
 from ttt_kernels.tiles import MiniBatches
@@ -69,10 +69,11 @@ def forward(
         kept_g = refs[: len(of_checkpoints)]
         (
             q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, mixings_s, k_steps_s, out_s, ln_scale_s, ln_bias_s,
-            b_s, wt_or_zero_s, tile_barriers, start_barrier, *operands_s,
+            b_s, wt_or_zero_s, sums_s, tile_barriers, start_barrier, *operands_s,
         ) = refs[len(kept_g) :]  # fmt: skip
         zero = hopper.hidden_zero(wt_or_zero_s, known=not blocks.hidden_addresses)
         row, head = lax.axis_index("row"), lax.axis_index("head")
+        loss = inner.Loss(eps, sums.total(sums_s.at[0], interpreted=bool(interpret)), exact=exact)
 
         def fetch(i, slot):
             tokens = pl.ds(i * TILE, TILE)
@@ -126,13 +127,13 @@ def forward(
                 k_b = k_t[at].T
                 target = v_t[at].T.read() - k_b.read()
                 z = product((dim, n), (operand, k_b)) + over_columns(b, n)
-                return inner.inner_gradient(z, target, gamma, beta, eps, exact=exact).g
+                return loss.gradient(z, target, gamma, beta).g
 
             def updated_bias(b, g, at):
                 return b - (g * over_rows(load(lr_update_s.at[slot, at], COLUMNS), dim)).sum(axis=1)
 
             def output(z_q, at):
-                return q_t[at].T.read() + gamma * inner.normalize(z_q, eps, exact=exact)[0] + beta
+                return q_t[at].T.read() + gamma * loss.normalize(z_q)[0] + beta
 
             def operand_of(value, i):
                 """`value` as a left operand: in registers, in bfloat16, or in SMEM."""
@@ -224,12 +225,12 @@ def forward(
             plgpu.SMEM((TILE,), f32),
             *(matrix(*slots, TILE, size, transforms=summed) for size in (TILE, dim)),
             matrix(TILE, dim),
-            *(vector, vector, vector, wt_or_zero),
+            *(vector, vector, vector, wt_or_zero, sums.scratch(1)),
             plgpu.Barrier(num_arrivals=3 * parts + 2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=4 if blocks.wide else 5),
             *(() if in_registers else (matrix(*slots, dim, dim), matrix(*slots, dim, c, transforms=summed))),
         ],
-        compiler_params=hopper.compiler_params(exact=exact, registers=4 if n == 16 else 8),
+        compiler_params=hopper.compiler_params(exact=exact),
         interpret=interpret,
     )(*of_tokens, lr_read, lr_update, jnp.tile(scale, TILE // c), wt, b, ln_scale, ln_bias)
     return hopper.joined(out, q.dtype), *rest

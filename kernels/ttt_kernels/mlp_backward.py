@@ -107,7 +107,7 @@ def backward(
         zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
         at_own = (row, head, own)
-        total = inner.total if blocks.interpreted else sums.total(sums_s.at[own])
+        loss = inner.Loss(eps, sums.total(sums_s.at[own], interpreted=blocks.interpreted))
 
         def matrices() -> _Matrices:
             at = zero()
@@ -203,7 +203,7 @@ def backward(
             s = matrices()
             z2 = product((D, C), *over_slices(lambda j: (s.w2.at[j], read_hidden(j, _X)))) + over_columns(b2, C)
             target = load(s.v.at[slot].T).astype(f32) - load(s.k.at[tokens_of(slot)].T).astype(f32)
-            keys = inner.inner_gradient(z2, target, gamma, beta, eps, total=total)
+            keys = loss.gradient(z2, target, gamma, beta)
             step = keys.g * step_size(slot)
             write_outputs(_G2, keys.g)
             write_outputs(_G2_STEP, -step)
@@ -293,8 +293,8 @@ def backward(
                     (read_outputs(_G2), s.mixing2.at[pl.ds(0, C)]),
                 )
                 d_out = load(s.d_out.at[slot].T).astype(f32)
-                normalized, rstd = inner.normalize(z2 + over_columns(b2, C), eps, total=total)
-                d_z2 = rstd * inner.without_projections(d_out * gamma, normalized, total=total)
+                normalized, rstd = loss.normalize(z2 + over_columns(b2, C))
+                d_z2 = rstd * loss.without_projections(d_out * gamma, normalized)
                 write_outputs(_D_Z2_Q, d_z2)
                 d_b2_s[...] = d_z2.sum(axis=1)
                 plgpu.commit_smem()
@@ -325,7 +325,7 @@ def backward(
             d_g1 = product((D, C), (read_hidden(own, _D_Z1_Q), s.mixing1.at[pl.ds(0, C)].T))
             d_g1 = d_g1 - d_step1 * step_size(slot)
             write_hidden(_D_U, d_g1 * inner.gelu_gradient(keys_z1(slot, b1)))
-            of_slices_s.at[tokens_of(own)][...] = total(load(read_hidden(own, _G1)).astype(f32) * d_step1)
+            of_slices_s.at[tokens_of(own)][...] = loss.total(load(read_hidden(own, _G1)).astype(f32) * d_step1)
             together()
 
             # Back to the queries, and through the step of layer 2 and its inner gradient.
@@ -343,7 +343,7 @@ def backward(
                 attention1, d_steps, *_ = own_matrices
                 of_reader = d_steps + d_mixing * attention1
                 d_lr_read_s[...] = -(of_reader * by_reader).sum(axis=1)
-                d_scale_s[...] = total(of_reader * step)
+                d_scale_s[...] = loss.total(of_reader * step)
                 d_q = product(
                     (D, C),
                     *over_slices(lambda j: (s.w1.at[j].T, read_hidden(j, _D_Z1_Q))),
@@ -360,9 +360,9 @@ def backward(
                     *over_slices(lambda j: (s.w2.at[j], read_hidden(j, _D_U))),
                     (read_outputs(_D_Z2_Q), s.mixing2.at[pl.ds(0, C)].T),
                 )
-                d_lr = sum((load(of_slices_s.at[pl.ds(j * C, C)], COLUMNS) for j in range(SLICES)), total(keys.g * d_step))
+                d_lr = sum((load(of_slices_s.at[pl.ds(j * C, C)], COLUMNS) for j in range(SLICES)), loss.total(keys.g * d_step))
                 d_lr_update_s[...] = -d_lr
-                d = inner.back_through_inner_gradient(d_g - d_step * step_size(slot), keys, gamma, total=total)
+                d = loss.back_through_gradient(d_g - d_step * step_size(slot), keys, gamma)
                 write_outputs(_D_Z2, d.d_z)
                 s.d_v.T[...] = d.d_target.astype(bf16)
                 next_d_b2 = d_b2 + load(d_b2_s, ROWS) + d.d_z.sum(axis=1)
@@ -508,7 +508,7 @@ def backward(
             *(matrix(SLICES, D, 6 * C), matrix(D, 4 * C)),
             *(matrix(TILE, C),) * 3,
         ],
-        compiler_params=hopper.compiler_params(registers=0, auto_barriers=False),
+        compiler_params=hopper.compiler_params(auto_barriers=False),
         interpret=interpret,
     )(
         *(q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t),

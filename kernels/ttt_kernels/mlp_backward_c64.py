@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_kernels import hopper, inner
+from ttt_kernels import hopper, inner, sums
 from ttt_kernels.blocks import MLPBlocks
 from ttt_kernels.cluster import AXIS, SLICES, Exchange
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
@@ -84,7 +84,7 @@ def backward(
         sums_g, refs = refs[: len(of_sums)], refs[len(of_sums) :]
         (
             lr_read_s, lr_update_s, scale_s, d_lr_read_s, d_lr_update_s, d_scale_s,
-            ln_scale_s, ln_bias_s, zero_s, start_barrier, recompute_barrier, tile_barrier, *rest,
+            ln_scale_s, ln_bias_s, sums_s, zero_s, start_barrier, recompute_barrier, tile_barrier, *rest,
         ) = refs  # fmt: skip
         of_matrices, of_exchange = rest[: len(_Matrices._fields)], rest[len(_Matrices._fields) :]
         zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
@@ -95,7 +95,8 @@ def backward(
 
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
         at_own = (row, head, own)
-        sums = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero)
+        loss = inner.Loss(eps, sums.total(sums_s.at[0], interpreted=blocks.interpreted))
+        over_cluster = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero)
 
         hopper.fetch(
             start_barrier, (scale_g, scale_s), (ln_scale_g.at[head], ln_scale_s), (ln_bias_g.at[head], ln_bias_s)
@@ -110,9 +111,9 @@ def backward(
             z1 = product((D, n), (s.w1, k_b)) + over_columns(b1, n)
             s.x.at[at].T[...] = inner.gelu(z1).astype(bf16)
             plgpu.commit_smem()
-            (z2,) = sums(lambda: product((D, n), (s.w2, s.x.at[at].T)))
+            (z2,) = over_cluster(lambda: product((D, n), (s.w2, s.x.at[at].T)))
             target = load(s.v.at[at].T).astype(f32) - load(k_b).astype(f32)
-            keys = inner.inner_gradient(z2 + over_columns(b2, n), target, gamma, beta, eps)
+            keys = loss.gradient(z2 + over_columns(b2, n), target, gamma, beta)
             s.g2.at[at].T[...] = keys.g.astype(bf16)
             plgpu.commit_smem()
             d_x = product((D, n), (s.w2.T, s.g2.at[at].T))
@@ -201,17 +202,17 @@ def backward(
                 z1 = z1 + over_columns(b1, n)
                 x_q[...] = inner.gelu(z1).astype(bf16)
                 plgpu.commit_smem()
-                attention2, z2 = sums(lambda: product((TILE, n), (s.x, x_q)), lambda: product((D, n), (s.w2, x_q)))
+                attention2, z2 = over_cluster(lambda: product((TILE, n), (s.x, x_q)), lambda: product((D, n), (s.w2, x_q)))
                 attention2 = jnp.where(is_seen, attention2 + 1.0, 0.0)
                 s.mixing2.at[:, block][...] = (attention2 * by_reader * step).astype(bf16)
                 plgpu.commit_smem()
                 z2 = z2 + product((D, n), (s.g2.at[tokens].T, s.mixing2.at[tokens, block])) + over_columns(b2, n)
                 # Back through layer 2.
                 d_out = load(s.d_out.at[at].T).astype(f32)
-                normalized, rstd = inner.normalize(z2, eps)
+                normalized, rstd = loss.normalize(z2)
                 d_gamma = d_gamma + (d_out * normalized).sum(axis=1)
                 d_beta = d_beta + d_out.sum(axis=1)
-                d_z2 = rstd * inner.without_projections(d_out * gamma, normalized)
+                d_z2 = rstd * loss.without_projections(d_out * gamma, normalized)
                 d_z2_q[...] = d_z2.astype(bf16)
                 plgpu.commit_smem()
                 d_mixing2 = jnp.where(is_seen, product((TILE, n), (s.g2, d_z2_q)), 0.0)
@@ -227,7 +228,7 @@ def backward(
                 # Each slice has its part of layer 1's, and a share of layer 2's, which all have.
                 d_steps = d_mixing1 * attention1 + d_mixing2 * attention2 * (1.0 / SLICES)
                 d_lr_read = d_lr_read - (d_steps * by_reader).sum(axis=1)
-                d_scale_s.at[at][...] = (d_steps * step).sum(axis=0)
+                d_scale_s.at[at][...] = loss.total(d_steps * step)
                 return d_b1 + d_z1.sum(axis=1), d_b2 + d_z2.sum(axis=1), d_gamma, d_beta, d_lr_read
 
             *carry, d_lr_read = mini_batches.over_blocks(back_through_reading, (d_b1, d_b2, d_gamma, d_beta, d_lr_read))
@@ -247,14 +248,14 @@ def backward(
                 s.d_u.T[...] = (d_g1 * slope).astype(bf16)
                 plgpu.commit_smem()
                 # Back through the step of layer 2 and its inner gradient.
-                d_step2, d_g2 = sums(
+                d_step2, d_g2 = over_cluster(
                     lambda: product((D, n), (s.d_w2_operand, s.x.at[at].T)), lambda: product((D, n), (s.w2, s.d_u.T))
                 )
                 d_step2 = d_step2 + over_columns(d_b2, n)
-                d_lr = (g1 * d_step1).sum(axis=0) + (keys.g * d_step2).sum(axis=0) * (1.0 / SLICES)
+                d_lr = loss.total(g1 * d_step1) + loss.total(keys.g * d_step2) * (1.0 / SLICES)
                 d_lr_update_s.at[at][...] = -d_lr
                 d_g2 = d_g2 + product((D, n), (s.d_z2_q.T, s.mixing2.at[at].T)) - d_step2 * lr
-                d = inner.back_through_inner_gradient(d_g2, keys, gamma)
+                d = loss.back_through_gradient(d_g2, keys, gamma)
                 d_gamma, d_beta = d_gamma + d.d_gamma.sum(axis=1), d_beta + d.d_beta.sum(axis=1)
                 s.d_z2.T[...] = d.d_z.astype(bf16)
                 plgpu.commit_smem()
@@ -269,7 +270,7 @@ def backward(
                 s.d_z1.T[...] = d_z1.astype(bf16)
                 plgpu.commit_smem()
                 # Back to the tokens and the weights.
-                d_k, d_q = sums(
+                d_k, d_q = over_cluster(
                     lambda: product(
                         (D, n),
                         (q_t, s.d_attention1.at[at].T),
@@ -379,6 +380,7 @@ def backward(
         cluster_names=(AXIS,),
         scratch_types=[
             *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps, vector, vector),
+            sums.scratch(1),
             hopper.HIDDEN_ZERO,
             *(plgpu.Barrier(num_arrivals=arrivals) for arrivals in (3, 3, 6)),
             *(matrix(1, TILE, D),) * 5,
@@ -390,7 +392,7 @@ def backward(
             *(matrix(1, TILE, c),) * 4,
             *exchange.scratch(),
         ],
-        compiler_params=hopper.compiler_params(registers=8 if c == n else 4),
+        compiler_params=hopper.compiler_params(),
         interpret=interpret,
     )(
         *(q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t),

@@ -80,7 +80,7 @@ def forward(
         ) = refs  # fmt: skip
         zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
-        total = inner.total if blocks.interpreted else sums.total(sums_s.at[own])
+        loss = inner.Loss(eps, sums.total(sums_s.at[own], interpreted=blocks.interpreted))
 
         def matrices() -> _Matrices:
             at = zero()
@@ -150,7 +150,7 @@ def forward(
                 z2 = product((D, n), *over_slices(lambda j: [(s.w2.at[j], s.x.at[j, :, at])])) + over_columns(b2, n)
                 keys = load(k_t.at[at].T).astype(f32)
                 target = load(v_t.at[at].T).astype(f32) - keys
-                g2 = inner.inner_gradient(z2, target, gamma, beta, eps, total=total).g
+                g2 = loss.gradient(z2, target, gamma, beta).g
                 lr = over_rows(load(lr_update_s.at[slot, at], COLUMNS))
                 g2_step = g2 * lr
                 s.g2.at[:, block][...] = g2.astype(bf16)
@@ -204,7 +204,7 @@ def forward(
                     *over_slices(lambda j: [(s.w2.at[j], s.x_q.at[j, :, block])]),
                     (s.g2, s.mixing2.at[tokens, block]),
                 )
-                normalized, _ = inner.normalize(z2 + over_columns(b2, n), eps, total=total)
+                normalized, _ = loss.normalize(z2 + over_columns(b2, n))
                 s.out.at[at].T[...] = (load(q_t.at[at].T).astype(f32) + gamma * normalized + beta).astype(bf16)
 
             for_block(read, first=1)
@@ -276,7 +276,7 @@ def forward(
             *(matrix(1, SLICES, D, c), matrix(1, D, c), matrix(1, D, c), matrix(1, D, c)),
             *(matrix(1, TILE, c), matrix(1, TILE, c)),
         ],
-        compiler_params=hopper.compiler_params(registers=0, auto_barriers=False),
+        compiler_params=hopper.compiler_params(auto_barriers=False),
         interpret=interpret,
     )(q, k, v, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
 

@@ -58,6 +58,7 @@ def ttt_step(
         weights_g, gradient_g, (out_g, *refs) = refs[:count], refs[count : 2 * count], refs[2 * count :]
         new_weights_g, new_gradient_g, scratch = refs[:count], refs[count : 2 * count], refs[2 * count :]
         row, head = lax.axis_index("row"), lax.axis_index("head")
+        loss = inner.Loss(eps, axis=1, exact=True)
         lr, read_scale, update_scale = lr_g[row, head], read_scale_g[row], update_scale_g[row]
 
         def of_outputs():
@@ -84,12 +85,12 @@ def ttt_step(
         def inner_gradient(z):
             """By column, as [64, D] and as a vector."""
             gamma, beta, _, k_out, v_out = early or of_outputs()
-            g = inner.inner_gradient(over_rows(z), v_out - k_out, gamma, beta, eps, axis=1, exact=True).g
+            g = loss.gradient(over_rows(z), v_out - k_out, gamma, beta).g
             return g, g.max(axis=0)
 
         def write(z):
             gamma, beta, q_out, _, _ = early or of_outputs()
-            normalized = inner.normalize(over_rows(z), eps, axis=1, exact=True)[0]
+            normalized = loss.normalize(over_rows(z))[0]
             out_g.at[row, head][...] = (q_out + gamma * normalized + beta).max(axis=0)
 
         def linear():

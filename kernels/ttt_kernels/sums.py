@@ -3,6 +3,7 @@
 Pallas' own have one scratch for all warpgroups, and wait for it as many times as it is too small.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,18 +24,23 @@ def scratch(warpgroups: int) -> Any:
     return plgpu.SMEM((warpgroups, _COLUMNS * _WARPS), jnp.float32)
 
 
-def total(scratch) -> Callable[[jax.Array], jax.Array]:
-    """A function that sums `[64, n]` float32 over its rows; n is 8, 16, 32 or 64. `scratch` is this warpgroup's."""
+def total(scratch, *, interpreted: bool) -> Callable[[jax.Array], jax.Array]:
+    """A function that sums `[64 m, n]` float32 over its rows; n is 8, 16, 32 or 64.
+
+    Args:
+        scratch: this warpgroup's.
+        interpreted: whether to leave it to the interpreter.
+    """
 
     def of(x: jax.Array) -> jax.Array:
         result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=hopper.COLUMNS)
         return hopper.inline(_total, hopper.WGMMA, plgpu.RefType(), result=result)(x, scratch)
 
-    return of
+    return (lambda x: x.sum(axis=0)) if interpreted else of
 
 
 def _total(_, x, scratch):
-    """Of a thread's registers each two have a pair of columns, 2 (lane mod 4) and the next of 8: rows 8 apart."""
+    """Of a thread's registers each has a pair of columns, 2 (lane mod 4) and the next, of 8; of 64 rows it has two."""
     int32 = ir.IntegerType.get_signless(32)
     pair, four = (ir.VectorType.get((size,), ir.F32Type.get()) for size in (2, 4))
 
@@ -50,8 +56,8 @@ def _total(_, x, scratch):
     warp = arith.remui(warp, number(_WARPS))
     pair_of_lane = arith.muli(arith.remui(lane, number(4)), number(2))
     of_warp = []
-    for first, second in x.registers.reshape(-1, 2):
-        value = arith.addf(first, second)
+    for of_rows in x.registers.reshape(x.shape[0] // 64, -1, 2).transpose(1, 0, 2).reshape(x.shape[1] // 8, -1):
+        value = functools.reduce(arith.addf, of_rows)
         for distance in (4, 8, 16):
             value = arith.addf(value, mgpu.utils.shfl_bfly(value, distance))
         of_warp.append(value)
