@@ -1,9 +1,12 @@
-"""TTT-Linear: the backward kernel; one warpgroup walks back over one row and head.
+"""TTT-Linear: the backward kernel; a thread block walks back over one row and head.
 
 From each checkpoint it first walks forward, to have the weights at the start of each mini-batch, then back.
-A mini-batch is worked on in blocks of tokens, as many as registers hold.
+A mini-batch is worked on in blocks of tokens, as many as registers hold: by one warpgroup, or each by its own.
 """
 
+import functools
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +69,8 @@ def backward(
     n = min(c, blocks.columns)
     tight = blocks.wide and c == TILE  # SMEM holds v and d_out of a block of tokens, and some buffers lie over others
     mini_batches = MiniBatches(c, n)
+    warpgroups = 1 if blocks.wide else mini_batches.num_blocks
+    hidden = (blocks.hidden_addresses or warpgroups > 1) and not interpret
     num_tiles = num_tokens // TILE
     per_group = min(blocks.tiles_per_checkpoint, num_tiles)
     num_groups = -(-num_tiles // blocks.tiles_per_checkpoint)
@@ -77,27 +82,63 @@ def backward(
         d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_wt_g, d_b_g, d_ln_scale_g, d_ln_bias_g,
         weights_g, biases_g,
         q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s, lr_read_s, lr_update_s, scale_s,
-        d_lr_read_s, d_lr_update_s, d_scale_s, wt_s, d_wt_or_zero_s, d_wt_s, sums_s, *refs,
+        d_lr_read_s, d_lr_update_s, d_scale_s, wt_s, d_wt_in_smem, d_wt_s, zero_s, sums_s, of_all_s, *refs,
     ):  # fmt: skip
         of_mini_batch, barriers = refs[: -len(arrivals)], refs[-len(arrivals) :]
         start_barrier, recompute_barrier, tile_barrier, *block_barriers = barriers
         of_tile = (q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s)
         row, head = lax.axis_index("row"), lax.axis_index("head")
-        loss = inner.Loss(eps, sums.total(sums_s.at[0], interpreted=bool(interpret)))
-        zero = hopper.hidden_zero(d_wt_or_zero_s, known=not blocks.hidden_addresses)
+        own = lax.axis_index("warpgroup") if warpgroups > 1 else 0
+        loss = inner.Loss(eps, sums.total(sums_s.at[own], interpreted=bool(interpret)))
+        zero = hopper.hidden_zero(*zero_s, known=False) if zero_s else lambda: 0
 
         def matrices() -> _Matrices:
             at = zero()
             refs = (ref.at[at] for ref in (*of_tile, wt_s, d_wt_s, *of_mini_batch))
             return _Matrices.sharing(*refs) if tight else _Matrices(*refs)
 
-        d_wt_ref = d_wt_g.at[row, head] if blocks.wide else d_wt_or_zero_s
+        def together() -> None:
+            if warpgroups > 1:
+                hopper.wait_for_each_other(of_all_s[1], interpreted=bool(interpret))
+            else:
+                plgpu.commit_smem()
+
+        def by_one(body: Callable[[], None]) -> None:
+            """What one warpgroup does for all."""
+            if warpgroups > 1:
+                pl.when(own == 0)(body)
+            else:
+                body()
+
+        def of_all(vector):
+            """The sum of each warpgroup's, over features; waits for all."""
+            if warpgroups > 1:
+                of_all_s[0].at[own][...] = vector
+            together()
+            if warpgroups > 1:
+                vector = functools.reduce(operator.add, (load(of_all_s[0].at[i], ROWS) for i in range(warpgroups)))
+            return vector
+
+        def over_blocks(body: Callable[[Any, Any], Any], carry: Any) -> Any:
+            return body(own, carry) if warpgroups > 1 else mini_batches.over_blocks(body, carry)
+
+        def fetch(barrier, *copies: tuple[Any, Any]) -> None:
+            """From global memory to SMEM, waiting for it."""
+
+            @by_one
+            def _():
+                for source, target in copies:
+                    plgpu.copy_gmem_to_smem(source, target, barrier)
+
+            plgpu.barrier_wait(barrier)
+
+        d_wt_ref = d_wt_g.at[row, head] if blocks.wide else d_wt_in_smem[0]
         if blocks.wide:
-            hopper.fetch(start_barrier, (scale_g, scale_s))
+            fetch(start_barrier, (scale_g, scale_s))
             d_wt_at_end = load(d_wt_end_g.at[row, head])
             d_wt_ref[...], matrices().d_wt[...] = d_wt_at_end, d_wt_at_end.astype(bf16)
         else:
-            hopper.fetch(start_barrier, (scale_g, scale_s), (d_wt_end_g.at[row, head], d_wt_ref))
+            fetch(start_barrier, (scale_g, scale_s), (d_wt_end_g.at[row, head], d_wt_ref))
         gamma, beta = (over_columns(load(ref.at[head], ROWS), n) for ref in (ln_scale_g, ln_bias_g))
 
         def of_block(t, at):
@@ -124,38 +165,43 @@ def backward(
             """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
             t, s = first + j, matrices()
             tokens = pl.ds(t * TILE, TILE)
-            hopper.fetch(
+            fetch(
                 recompute_barrier,
                 (k_g.at[row, tokens, head], s.k),
                 *(() if tight else ((v_g.at[row, tokens, head], s.v),)),
                 (lr_update_g.at[row, head, tokens], lr_update_s),
             )
-            k_step = load(s.k).astype(f32) * over_columns(load(lr_update_s, ROWS), dim)
-            s.k_over_tokens[...] = (-k_step).astype(bf16)
+
+            @by_one
+            def _():
+                k_step = load(s.k).astype(f32) * over_columns(load(lr_update_s, ROWS), dim)
+                s.k_over_tokens[...] = (-k_step).astype(bf16)
 
             def mini_batch(m, weights):
                 kept = (row, head, j * mini_batches.per_tile + m)
                 s = matrices()
-                operand, b_at_start = weights[0].astype(bf16), weights[1]
-                weights_g.at[*kept][...], biases_g.at[*kept][...] = operand, b_at_start
-                s.wt[...] = operand
-                plgpu.commit_smem()
+                wt, b = weights
 
-                def update(i, weights):
-                    s = matrices()
-                    wt, b = weights
+                @by_one
+                def _():
+                    operand = wt.astype(bf16)
+                    weights_g.at[*kept][...], biases_g.at[*kept][...] = operand, b
+                    s.wt[...] = operand
+
+                together()
+
+                def update(i, step):
                     at = mini_batches.block(m, i)
-                    g = inner_gradient(t, b_at_start, at).g
-                    s.g.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
-                    plgpu.commit_smem()
-                    if not blocks.wide:
-                        wt = wt + product(wt.shape, (s.g.at[:, mini_batches.block(0, i)], s.k_over_tokens.at[at]))
-                    return wt, b - (g * over_rows(load(lr_update_s.at[at], COLUMNS), dim)).sum(axis=1)
+                    g = inner_gradient(t, b, at).g
+                    matrices().g.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
+                    return step + (g * over_rows(load(lr_update_s.at[at], COLUMNS), dim)).sum(axis=1)
 
-                wt, b = mini_batches.over_blocks(update, weights)
-                if blocks.wide:  # registers hold no second matrix
-                    wt = hopper.updated(wt, s.g, s.k_over_tokens.at[mini_batches.tokens(m)], fused=blocks.fused_update)
-                return wt, b
+                step = of_all(over_blocks(update, jnp.zeros_like(b)))
+                fused = blocks.wide and blocks.fused_update  # wide, registers hold no second matrix
+                wt = hopper.updated(wt, s.g, s.k_over_tokens.at[mini_batches.tokens(m)], fused=fused)
+                if warpgroups > 1:
+                    together()
+                return wt, b - step
 
             weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch, weights)
             plgpu.commit_smem()
@@ -164,10 +210,15 @@ def backward(
         def mini_batch(m, t, j, d_b, d_gamma, d_beta, d_lr_read):
             kept, tokens = (row, head, j * mini_batches.per_tile + m), mini_batches.tokens(m)
             s = matrices()
-            s.wt[...], b = load(weights_g.at[*kept]), load(biases_g.at[*kept], ROWS)
-            if not blocks.wide:
-                s.d_wt[...] = load(d_wt_ref).astype(bf16)
-            plgpu.commit_smem()
+            b = load(biases_g.at[*kept], ROWS)
+
+            @by_one
+            def _():
+                s.wt[...] = load(weights_g.at[*kept])
+                if not blocks.wide:
+                    s.d_wt[...] = load(d_wt_ref).astype(bf16)
+
+            together()
             step = -over_columns(load(lr_read_s, ROWS), n)
 
             def read_keys(i):
@@ -180,15 +231,15 @@ def backward(
                 return keys
 
             read = None
-            if mini_batches.num_blocks == 1:
-                read = read_keys(0)
+            if mini_batches.num_blocks == warpgroups:
+                read = read_keys(own)
             else:
                 mini_batches.over_blocks(lambda i, _: read_keys(i) and None, None)
-            plgpu.commit_smem()
+            together()
 
             def back_through_reading(i, carry):
                 s = matrices()
-                d_b, d_gamma, d_beta, d_lr_read = carry
+                of_b, d_gamma, d_beta, d_lr_read = carry
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 q_b = s.q.at[at].T
                 is_seen = mini_batches.is_seen(m, i, causal=causal)
@@ -210,15 +261,17 @@ def backward(
                 d_lr_read = d_lr_read - (d_steps * by_reader).sum(axis=1)
                 d_scale_s.at[at][...] = loss.total(d_steps * step)
                 s.d_attention.at[:, block][...] = (d_mixing * by_reader * step).astype(bf16)
-                return d_b + d_zq.sum(axis=1), d_gamma, d_beta, d_lr_read
+                return of_b + d_zq.sum(axis=1), d_gamma, d_beta, d_lr_read
 
-            next_d_b, d_gamma, d_beta, d_lr_read = mini_batches.over_blocks(
-                back_through_reading, (d_b, d_gamma, d_beta, d_lr_read)
+            of_b, d_gamma, d_beta, d_lr_read = over_blocks(
+                back_through_reading, (jnp.zeros_like(d_b), d_gamma, d_beta, d_lr_read)
             )
+            if warpgroups > 1:
+                together()
 
             def back_through_update(i, carry):
                 s = matrices()
-                next_d_b, d_gamma, d_beta = carry
+                of_b, d_gamma, d_beta = carry
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 keys = inner_gradient(t, b, at) if read is None else read
                 g = keys.g
@@ -251,19 +304,23 @@ def backward(
                 v_b.T[...] = d.d_target.astype(bf16)
                 if tight:
                     hopper.save((d_out_b, d_q_g.at[*of_block(t, at)]), (v_b, d_v_g.at[*of_block(t, at)]))
-                return next_d_b + d.d_z.sum(axis=1), d_gamma, d_beta
+                return of_b + d.d_z.sum(axis=1), d_gamma, d_beta
 
-            d_b, d_gamma, d_beta = mini_batches.over_blocks(back_through_update, (next_d_b, d_gamma, d_beta))
-            s = matrices()
-            q_tokens, k_tokens = s.q_over_tokens.at[tokens], s.k_over_tokens.at[tokens]
-            plgpu.commit_smem()  # all have read s.wt and s.d_wt
-            for start in range(0, dim, 64):
-                rows = pl.ds(start, 64)
-                d_wt = product((64, dim), (s.d_zq.at[rows], q_tokens), (s.d_zk.at[rows], k_tokens))
-                d_wt = load(d_wt_ref.at[rows]) + d_wt
-                d_wt_ref.at[rows][...] = d_wt
-                if blocks.wide:  # which is read from global memory once for each mini-batch
-                    s.d_wt.at[rows][...] = d_wt.astype(bf16)
+            of_b, d_gamma, d_beta = over_blocks(back_through_update, (of_b, d_gamma, d_beta))
+            d_b = d_b + of_all(of_b)  # all have read s.wt and s.d_wt
+
+            @by_one
+            def _():
+                s = matrices()
+                q_tokens, k_tokens = s.q_over_tokens.at[tokens], s.k_over_tokens.at[tokens]
+                for start in range(0, dim, 64):
+                    rows = pl.ds(start, 64)
+                    d_wt = product((64, dim), (s.d_zq.at[rows], q_tokens), (s.d_zk.at[rows], k_tokens))
+                    d_wt = load(d_wt_ref.at[rows]) + d_wt
+                    d_wt_ref.at[rows][...] = d_wt
+                    if blocks.wide:  # which is read from global memory once for each mini-batch
+                        s.d_wt.at[rows][...] = d_wt.astype(bf16)
+
             return d_b, d_gamma, d_beta, d_lr_read
 
         def tile(first, j, carry):
@@ -271,7 +328,7 @@ def backward(
             t, s = first + j, matrices()
             tokens = pl.ds(t * TILE, TILE)
             of_blocks = () if tight else ((v_g, d_v_g, s.v), (d_out_g, d_q_g, s.d_out))
-            hopper.fetch(
+            fetch(
                 tile_barrier,
                 (q_g.at[row, tokens, head], s.q),
                 (q_g.at[row, tokens, head], s.q_over_tokens),
@@ -288,14 +345,19 @@ def backward(
                 lambda i, carry: mini_batch(mini_batches.per_tile - 1 - i, first + j, j, *carry),
                 (*carry, d_lr_read),
             )
-            d_lr_read_s[...] = d_lr_read
-            hopper.save(
-                (s.k, d_k_g.at[row, tokens, head]),
-                *((ref, result.at[row, tokens, head]) for _, result, ref in of_blocks),
-                (d_lr_read_s, d_lr_read_g.at[row, head, tokens]),
-                (d_lr_update_s, d_lr_update_g.at[row, head, tokens]),
-                (d_scale_s, d_scale_g.at[row, head, tokens]),
-            )
+            d_lr_read_s.at[own][...] = d_lr_read
+            together()
+
+            @by_one
+            def _():
+                hopper.save(
+                    (s.k, d_k_g.at[row, tokens, head]),
+                    *((ref, result.at[row, tokens, head]) for _, result, ref in of_blocks),
+                    (d_lr_read_s, d_lr_read_g.at[row, head, :, tokens]),
+                    (d_lr_update_s, d_lr_update_g.at[row, head, tokens]),
+                    (d_scale_s, d_scale_g.at[row, head, tokens]),
+                )
+
             return tuple(carry)
 
         def group(i, carry):
@@ -309,10 +371,14 @@ def backward(
         d_b = load(d_b_end_g.at[row, head], ROWS)
         nothing = jnp.zeros_like(d_b)
         d_b, d_gamma, d_beta = lax.fori_loop(0, num_groups, group, (d_b, nothing, nothing))
-        for value, target in ((d_b, d_b_g), (d_gamma, d_ln_scale_g), (d_beta, d_ln_bias_g)):
-            target.at[row, head][...] = value
-        if not blocks.wide:
-            hopper.save((d_wt_ref, d_wt_g.at[row, head]))
+        for value, target in ((d_gamma, d_ln_scale_g), (d_beta, d_ln_bias_g)):
+            target.at[row, head, own][...] = value
+
+        @by_one
+        def _():
+            d_b_g.at[row, head][...] = d_b
+            if not blocks.wide:
+                hopper.save((d_wt_ref, d_wt_g.at[row, head]))
 
     def matrix(rows: int, columns: int, transforms: Any = hopper.OVER_FEATURES) -> Any:
         return plgpu.SMEM((1, rows, columns), bf16, transforms=transforms)
@@ -321,29 +387,34 @@ def backward(
     tokens, over_tokens, weights = matrix(TILE, dim), matrix(TILE, dim, summed), matrix(dim, dim)
     operand, right_operand, pairs = matrix(dim, c, summed), matrix(c, dim), matrix(TILE, c, summed)
     v_or_d_out, shared = (matrix(n, dim), 1) if tight else (tokens, 0)
-    d_wt_or_zero = hopper.HIDDEN_ZERO if blocks.wide else plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32)
+    d_wt_in_smem = () if blocks.wide else (plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32),)
     arrivals = (1 if blocks.wide else 2, *((2, 6, 1) if tight else (3, 8)))
     steps = plgpu.SMEM((TILE,), f32)
+    of_all = (plgpu.SMEM((warpgroups, dim), f32), plgpu.Barrier(num_arrivals=warpgroups)) if warpgroups > 1 else ()
     kept = per_group * mini_batches.per_tile
     rows = (batch_size, num_heads)
     shape = jax.ShapeDtypeStruct
-    of_tokens, of_steps, of_vectors = shape(q.shape, bf16), shape(lr_read.shape, f32), shape(d_b.shape, f32)
+    of_tokens, of_steps = shape(q.shape, bf16), shape(lr_read.shape, f32)
     results = plgpu.kernel(
         body,
         out_type=(
             *(of_tokens,) * 3,
-            *(of_steps,) * 3,
+            shape((*rows, warpgroups, num_tokens), f32),
+            *(of_steps,) * 2,
             shape(d_wt.shape, f32),
-            *(of_vectors,) * 3,
+            shape(d_b.shape, f32),
+            *(shape((*rows, warpgroups, dim), f32),) * 2,
             shape((*rows, kept, dim, dim), bf16),
             shape((*rows, kept, dim), f32),
         ),
         grid=rows,
         grid_names=("row", "head"),
+        **({"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}),
         scratch_types=[
             *(tokens, tokens, v_or_d_out, v_or_d_out, tokens, over_tokens, over_tokens),
-            *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps),
-            *(weights, d_wt_or_zero, weights, sums.scratch(1)),
+            *(steps, steps, plgpu.SMEM((c,), f32)),
+            *(plgpu.SMEM((warpgroups, TILE), f32), steps, steps),
+            *(weights, d_wt_in_smem, weights, (hopper.HIDDEN_ZERO,) if hidden else (), sums.scratch(warpgroups), of_all),
             *(operand,) * (3 - shared),
             *(right_operand,) * (3 - 2 * shared),
             *(pairs,) * 2,
@@ -352,4 +423,5 @@ def backward(
         compiler_params=hopper.compiler_params(),
         interpret=interpret,
     )(q, k, v, lr_read, lr_update, scale, wt_kept, b_kept, ln_scale, ln_bias, d_out, d_wt, d_b)
-    return results[:-2]
+    d_q, d_k, d_v, d_lr_read, *others, d_ln_scale, d_ln_bias = results[:-2]
+    return d_q, d_k, d_v, d_lr_read.sum(axis=2), *others, *(x.sum(axis=2) for x in (d_ln_scale, d_ln_bias))
