@@ -125,9 +125,7 @@ def _resources_in(report: str, name: str) -> dict[str, int]:
         "spill_load_bytes": int(spills[2]),
         "shared_memory_bytes": int(shared[1]),
     }
-    return found | {
-        "ctas_per_sm": ctas_per_sm(found["registers"], found["shared_memory_bytes"], found["threads"])
-    }
+    return found | {"ctas_per_sm": ctas_per_sm(found["registers"], found["shared_memory_bytes"], found["threads"])}
 
 
 def ctas_per_sm(registers: int, shared_memory: int, threads: int) -> int:

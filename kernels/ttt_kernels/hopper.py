@@ -7,6 +7,8 @@ Products read bfloat16. A float32 number is read as the sum of two, itself round
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +73,11 @@ def hidden_zero(ref, *, known: bool) -> Callable[[], Any]:
 def load(ref, layout=WGMMA):
     """SMEM to registers; a transposed view needs the slow path."""
     return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def total(terms) -> Any:
+    """Of arrays, one or more, in their order; unlike `sum`'s, it does not begin with 0."""
+    return functools.reduce(operator.add, terms)
 
 
 def over_columns(rows: jax.Array, num_columns: int) -> jax.Array:
@@ -214,7 +221,6 @@ def wait_for_each_other(barrier, *, interpreted: bool) -> None:
         barrier: at which each arrives, for the interpreter; the chip has one of its own.
         interpreted: whether to use it.
     """
-
 
     def wait(_) -> None:
         gpu.barrier()

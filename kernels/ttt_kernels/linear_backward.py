@@ -4,8 +4,6 @@ From each checkpoint it first walks forward, to have the weights at the start of
 A mini-batch is worked on in blocks of tokens, as many as registers hold: by one warpgroup, or each by its own.
 """
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -116,7 +114,7 @@ def backward(
                 of_all_s[0].at[own][...] = vector
             together()
             if warpgroups > 1:
-                vector = functools.reduce(operator.add, (load(of_all_s[0].at[i], ROWS) for i in range(warpgroups)))
+                vector = hopper.total(load(of_all_s[0].at[i], ROWS) for i in range(warpgroups))
             return vector
 
         def over_blocks(body: Callable[[Any, Any], Any], carry: Any) -> Any:
@@ -414,7 +412,14 @@ def backward(
             *(tokens, tokens, v_or_d_out, v_or_d_out, tokens, over_tokens, over_tokens),
             *(steps, steps, plgpu.SMEM((c,), f32)),
             *(plgpu.SMEM((warpgroups, TILE), f32), steps, steps),
-            *(weights, d_wt_in_smem, weights, (hopper.HIDDEN_ZERO,) if hidden else (), sums.scratch(warpgroups), of_all),
+            *(
+                weights,
+                d_wt_in_smem,
+                weights,
+                (hopper.HIDDEN_ZERO,) if hidden else (),
+                sums.scratch(warpgroups),
+                of_all,
+            ),
             *(operand,) * (3 - shared),
             *(right_operand,) * (3 - 2 * shared),
             *(pairs,) * 2,

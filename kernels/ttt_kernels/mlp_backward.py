@@ -96,7 +96,8 @@ def backward(
         ln_bias_g, d_out_g, d_w1t_end_g, d_b1_end_g, d_w2t_end_g, d_b2_end_g,
         d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_w1t_g, d_b1_g, d_w2t_g, d_b2_g, d_ln_scale_g,
         d_ln_bias_g, weights_g, biases_g,
-        of_tokens_s, of_features_s, sums_s, zero_s, start_barrier, recompute_barriers, back_barriers, everyone, *of_matrices,
+        of_tokens_s, of_features_s, sums_s, zero_s, start_barrier, recompute_barriers, back_barriers, everyone,
+        *of_matrices,
     ):  # fmt: skip
         lr_update_s, (scale_s, d_lr_update_s, d_scale_s) = (
             of_tokens_s.at[pl.ds(0, _STAGES), pl.ds(0, C)],
@@ -262,7 +263,7 @@ def backward(
                 s.mixing1[...] = (attention * by_reader * step).astype(bf16)
                 return attention
 
-            # Of the keys' warpgroup the inner gradient, of the readers' two matrices of attention; in the same registers.
+            # Of the keys' warpgroup the inner gradient, of the readers' two of attention: in the same registers.
             own_matrices = by(
                 *(_OF_KEYS, lambda: tuple(inner_gradient(slot, b2)[0])),
                 lambda: by(_OF_READERS, lambda: (attend(), *(nothing,) * 3), lambda: (nothing,) * 4),
@@ -360,22 +361,20 @@ def backward(
                     *over_slices(lambda j: (s.w2.at[j], read_hidden(j, _D_U))),
                     (read_outputs(_D_Z2_Q), s.mixing2.at[pl.ds(0, C)].T),
                 )
-                d_lr = sum((load(of_slices_s.at[pl.ds(j * C, C)], COLUMNS) for j in range(SLICES)), loss.total(keys.g * d_step))
-                d_lr_update_s[...] = -d_lr
+                of_layer1 = hopper.total(load(of_slices_s.at[pl.ds(j * C, C)], COLUMNS) for j in range(SLICES))
+                d_lr_update_s[...] = -(of_layer1 + loss.total(keys.g * d_step))
                 d = loss.back_through_gradient(d_g - d_step * step_size(slot), keys, gamma)
                 write_outputs(_D_Z2, d.d_z)
                 s.d_v.T[...] = d.d_target.astype(bf16)
                 next_d_b2 = d_b2 + load(d_b2_s, ROWS) + d.d_z.sum(axis=1)
                 return next_d_b2, d_gamma + d.d_gamma.sum(axis=1), d_beta + d.d_beta.sum(axis=1), d.d_target
 
-            d_b2, d_gamma, d_beta, d_target = by(
-                _OF_KEYS, back_through_keys, lambda: (d_b2, d_gamma, d_beta, nothing)
-            )
+            d_b2, d_gamma, d_beta, d_target = by(_OF_KEYS, back_through_keys, lambda: (d_b2, d_gamma, d_beta, nothing))
             together()
             # Back through the layers.
             s = matrices()
             z1 = keys_z1(slot, b1)
-            d_x, _ = back_through_layer2(z1)
+            d_x = back_through_layer2(z1)[0]
             d_z1 = product(
                 (D, C),
                 (s.w2.at[own].T, read_outputs(_D_Z2)),

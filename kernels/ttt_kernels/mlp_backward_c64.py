@@ -202,7 +202,9 @@ def backward(
                 z1 = z1 + over_columns(b1, n)
                 x_q[...] = inner.gelu(z1).astype(bf16)
                 plgpu.commit_smem()
-                attention2, z2 = over_cluster(lambda: product((TILE, n), (s.x, x_q)), lambda: product((D, n), (s.w2, x_q)))
+                attention2, z2 = over_cluster(
+                    lambda: product((TILE, n), (s.x, x_q)), lambda: product((D, n), (s.w2, x_q))
+                )
                 attention2 = jnp.where(is_seen, attention2 + 1.0, 0.0)
                 s.mixing2.at[:, block][...] = (attention2 * by_reader * step).astype(bf16)
                 plgpu.commit_smem()

@@ -190,7 +190,7 @@ def forward(
             plgpu.commit_smem()  # g1 has been read
             s.x_q.at[own][...] = x_q
             w2t = hopper.updated(w2t, s.g2_step, s.x.at[own, :, tokens].T, fused=not blocks.interpreted)
-            step2 = sum((load(steps2_s.at[i], ROWS) for i in range(1, mini_batches.num_blocks)), load(steps2_s.at[0], ROWS))
+            step2 = hopper.total(load(steps2_s.at[i], ROWS) for i in range(mini_batches.num_blocks))
             together()
 
             def read(i):
@@ -226,7 +226,7 @@ def forward(
 
             @pl.when(own == 0)
             def _():
-                plgpu.wait_smem_to_gmem(0)  # the outputs of the tile before; all wait for this warpgroup before they write
+                plgpu.wait_smem_to_gmem(0)  # the outputs of the tile before; before the others write, they wait for it
 
             weights = lax.fori_loop(0, mini_batches.per_tile, lambda m, weights: mini_batch(m, slot, weights), weights)
 

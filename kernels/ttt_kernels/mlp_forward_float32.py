@@ -142,7 +142,9 @@ def forward(
                 z1 = product((D, n), (s.w1, q_b), (s.g1, s.mixing1[tokens])) + over_columns(b1, n)
                 s.x_q.write(inner.gelu(z1))
                 plgpu.commit_smem()
-                attention, z2 = over_cluster(lambda: product((TILE, n), (s.x, s.x_q)), lambda: product((D, n), (s.w2, s.x_q)))
+                attention, z2 = over_cluster(
+                    lambda: product((TILE, n), (s.x, s.x_q)), lambda: product((D, n), (s.w2, s.x_q))
+                )
                 s.mixing2.write(_mixing(attention, steps))
                 plgpu.commit_smem()
                 z2 = z2 + product((D, n), (s.g2, s.mixing2[tokens])) + over_columns(b2, n)

@@ -18,7 +18,8 @@ def test_the_table_has_every_kernel_and_no_other_spill():
     assert table.keys() == check.kernels().keys()
     for name, found in table.items():
         assert max(found["spill_store_bytes"], found["spill_load_bytes"]) <= (128 if name in SPILLS else 0), name
-        assert found["ctas_per_sm"] == check.ctas_per_sm(found["registers"], found["shared_memory_bytes"]) > 0, name
+        taken = (found["registers"], found["shared_memory_bytes"], found["threads"])
+        assert found["ctas_per_sm"] == check.ctas_per_sm(*taken) > 0, name
 
 
 def test_every_difference_is_named():
@@ -33,19 +34,21 @@ def test_every_difference_is_named():
 
 
 @pytest.mark.parametrize(
-    ("registers", "shared_memory", "expected"),
+    ("registers", "shared_memory", "threads", "expected"),
     [
-        (255, 0, 2),
-        (256, 1000, 2),
-        (168, 0, 3),
-        (64, 115_000, 2),
-        (64, 231_000, 1),
-        (128, 113_664, 2),
-        (128, 116_000, 1),
+        (255, 0, 128, 2),
+        (256, 1000, 128, 2),
+        (168, 0, 128, 3),
+        (64, 115_000, 128, 2),
+        (64, 231_000, 128, 1),
+        (128, 113_664, 128, 2),
+        (128, 116_000, 128, 1),
+        (128, 1000, 512, 1),
+        (64, 1000, 512, 2),
     ],
 )
-def test_ctas_per_sm(registers, shared_memory, expected):
-    assert check.ctas_per_sm(registers, shared_memory) == expected
+def test_ctas_per_sm(registers, shared_memory, threads, expected):
+    assert check.ctas_per_sm(registers, shared_memory, threads) == expected
 
 
 def test_a_kernel_that_was_not_compiled_is_an_error(monkeypatch):
