@@ -39,7 +39,7 @@ PASSES = ("forward", "forward_backward")
 FULL_SHAPE = (8, 8192)
 """Rows and tokens of the table; the plot has one row of 1k to 256k tokens."""
 
-PLOTTED_TOKENS = tuple(1024 * 4**n for n in range(5))
+PLOTTED_TOKENS = tuple(1024 * 16**n for n in range(3))
 _COMPARED: tuple[tuple[int, int], ...] = (FULL_SHAPE, *((1, tokens) for tokens in PLOTTED_TOKENS))
 ACCURACY_TOKENS = 8192
 CALLS = 5
