@@ -35,7 +35,7 @@ def parameters() -> plgpu.InterpretGPUParams | None:
 
 
 def require_threads(count: int) -> None:
-    """For thread blocks that wait for each other: each may hold one of XLA's threads.
+    """For thread blocks or warpgroups that wait for each other: each may hold one of XLA's threads.
 
     Raises:
         RuntimeError: XLA has fewer threads than `count`; it would wait forever.

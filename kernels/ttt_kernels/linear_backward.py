@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_kernels import hopper, inner, sums
+from ttt_kernels import hopper, inner, interpreter, sums
 from ttt_kernels.blocks import LinearBlocks
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, load, over_columns, over_rows, product
 from ttt_kernels.tiles import MiniBatches
@@ -68,6 +68,8 @@ def backward(
     tight = blocks.wide and c == TILE  # SMEM holds v and d_out of a block of tokens, and some buffers lie over others
     mini_batches = MiniBatches(c, n)
     warpgroups = 1 if blocks.wide else mini_batches.num_blocks
+    if interpret and warpgroups > 1:
+        interpreter.require_threads(warpgroups + 2)
     hidden = (blocks.hidden_addresses or warpgroups > 1) and not interpret
     num_tiles = num_tokens // TILE
     per_group = min(blocks.tiles_per_checkpoint, num_tiles)

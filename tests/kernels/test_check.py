@@ -5,19 +5,21 @@ import json
 import pytest
 from ttt_kernels import check
 
-SPILLS = {f"mlp_backward_{mask}_c{c}" for mask in ("causal", "full") for c in (16, 64)}
-SPILLS |= {f"linear_backward_{mask}_c16" for mask in ("causal", "full")}
-SPILLS |= {f"linear_backward_{mask}_c{c}_d128" for mask in ("causal", "full") for c in (16, 64)}
-SPILLS |= {f"linear_forward_{mask}_c64_d128" for mask in ("causal", "full")} | {"linear_step_d128"}
-SPILLS |= {f"mlp_forward_{mask}_c{c}_float32" for mask in ("causal", "full") for c in (16, 64)}
-"""Kernels that may spill 128 bytes a thread; kernels/README.md estimates what each costs."""
+SPILLS = {f"mlp_backward_{mask}_c16": 640 for mask in ("causal", "full")}
+SPILLS |= {f"mlp_forward_{mask}_c{c}": 400 for mask in ("causal", "full") for c in (16, 64)}
+SPILLS |= {f"mlp_backward_{mask}_c64": 128 for mask in ("causal", "full")}
+SPILLS |= {f"linear_backward_{mask}_c{c}": 128 for mask in ("causal", "full") for c in (16, 64)}
+SPILLS |= {f"linear_backward_{mask}_c{c}_d128": 128 for mask in ("causal", "full") for c in (16, 64)}
+SPILLS |= {f"linear_forward_{mask}_c64_d128": 128 for mask in ("causal", "full")} | {"linear_step_d128": 128}
+SPILLS |= {f"mlp_forward_{mask}_c{c}_float32": 128 for mask in ("causal", "full") for c in (16, 64)}
+"""Kernels that may spill, and how many bytes a thread; kernels/README.md estimates what each costs."""
 
 
 def test_the_table_has_every_kernel_and_no_other_spill():
     table = json.loads(check.TABLE.read_text())
     assert table.keys() == check.kernels().keys()
     for name, found in table.items():
-        assert max(found["spill_store_bytes"], found["spill_load_bytes"]) <= (128 if name in SPILLS else 0), name
+        assert max(found["spill_store_bytes"], found["spill_load_bytes"]) <= SPILLS.get(name, 0), name
         taken = (found["registers"], found["shared_memory_bytes"], found["threads"])
         assert found["ctas_per_sm"] == check.ctas_per_sm(*taken) > 0, name
 

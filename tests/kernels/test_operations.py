@@ -395,8 +395,10 @@ def test_explain_says_what_none_takes(monkeypatch):
         state = LINEAR[0].run("scan", arguments[0], make_tokens(3))[1]
         step = make_tokens(1, dtype=jnp.float32)
         assert "on 'cpu' for one token: name 'pallas'" in ttt_jax.explain(arguments[0], *step, state=state)
-        of_128 = ttt_jax.explain(make_params(dim=128), *make_tokens(32, dim=128))
-        assert "were not measured to be faster on 'cpu' at head dim 128: name 'pallas'" in of_128
+        of_128 = make_params(dim=128), *make_tokens(64, dim=128)
+        assert ttt_jax.explain(*of_128) == "pallas"
+        of_64_tokens = ttt_jax.explain(*of_128, mini_batch_size=64)
+        assert "faster on 'cpu' at head dim 128 and mini-batches of 64 tokens: name 'pallas'" in of_64_tokens
         of_float32 = ttt_jax.explain(make_params(), *make_tokens(32, dtype=jnp.float32))
         assert "faster on 'cpu' in float32, of which products read 16 bits: name 'pallas'" in of_float32
     with pytest.raises(ValueError, match="q: expected an array, got int"):

@@ -258,8 +258,8 @@ def explain(
     if pallas.is_default(call):
         return "pallas"
     where = repr(devices.default_device().device_kind)
-    if q.shape[-1] != pallas.MEASURED_HEAD_DIM:
-        where += f" at head dim {q.shape[-1]}"
+    if not pallas.has_measured_size(call):
+        where += f" at head dim {q.shape[-1]} and mini-batches of {mini_batch_size} tokens"
     if pallas.is_step(call):
         where += " for one token"
     elif call.dtype != pallas.MEASURED_DTYPE:

@@ -20,10 +20,12 @@ from ttt_jax.ttt.types import TTTMLPParams, TTTState
 
 FASTER_ON: frozenset[str] = frozenset({"NVIDIA H100 80GB HBM3"})
 """Kinds of devices on which the kernels were measured to be faster than the scan, forward and back: see
-kernels/README.md. There they are the default at `MEASURED_HEAD_DIM` in `MEASURED_DTYPE`, but not for steps of one
+kernels/README.md. There they are the default at `MEASURED_SIZES` in `MEASURED_DTYPE`, but not for steps of one
 token."""
 
-MEASURED_HEAD_DIM = 64
+MEASURED_SIZES: dict[int, tuple[int, ...]] = {64: (16, 64), 128: (16,)}
+"""Head dim to tokens of a mini-batch."""
+
 MEASURED_DTYPE = jnp.dtype(jnp.bfloat16)
 
 HOPPER = 9
@@ -32,8 +34,13 @@ HOPPER = 9
 
 def is_default(call: Call) -> bool:
     """Whether the kernels are tried first where no implementation is named."""
-    measured = (call.q.shape[-1], call.dtype) == (MEASURED_HEAD_DIM, MEASURED_DTYPE) and not is_step(call)
+    measured = has_measured_size(call) and call.dtype == MEASURED_DTYPE and not is_step(call)
     return measured and devices.default_device().device_kind in FASTER_ON
+
+
+def has_measured_size(call: Call) -> bool:
+    """Whether it is one of `MEASURED_SIZES`."""
+    return call.mini_batch_size in MEASURED_SIZES.get(call.q.shape[-1], ())
 
 
 def refusal(call: Call) -> str | None:
