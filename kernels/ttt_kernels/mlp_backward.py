@@ -1,4 +1,4 @@
-"""TTT-MLP, D = 64, 256 hidden units, C = 16: the backward kernel; four warpgroups walk back over a row and head.
+"""TTT-MLP, D = 64, C = 16: the backward kernel; four warpgroups of one thread block walk back over a row and head.
 
 From each checkpoint they first walk forward, keeping the weights at the start of each mini-batch in global memory, then
 back. As in the forward kernel each has a slice of 64 hidden units, and what sums over all units is done by one
@@ -182,19 +182,20 @@ def backward(
         def read_outputs(block: int):
             return matrices().outputs.at[:, _columns(block)]
 
+        def before_gelu(slot, b1):
+            """Layer 1 of the keys."""
+            s = matrices()
+            return product((D, C), (s.w1.at[own], s.k.at[tokens_of(slot)].T)) + over_columns(b1, C)
+
         def hidden_layer(slot, w1t_and_w2t, b1):
-            """Weights and the keys' hidden layer to SMEM; the latter before GELU."""
+            """Weights and the keys' hidden layer to SMEM; returns the latter before GELU."""
             s = matrices()
             s.w1.at[own][...], s.w2.at[own][...] = w1t_and_w2t
             plgpu.commit_smem()
-            z1 = product((D, C), (s.w1.at[own], s.k.at[tokens_of(slot)].T)) + over_columns(b1, C)
+            z1 = before_gelu(slot, b1)
             write_hidden(_X, inner.gelu(z1))
             together()
             return z1
-
-        def keys_z1(slot, b1):
-            s = matrices()
-            return product((D, C), (s.w1.at[own], s.k.at[tokens_of(slot)].T)) + over_columns(b1, C)
 
         def step_size(slot):
             return over_rows(load(lr_update_s.at[slot], COLUMNS))
@@ -325,7 +326,7 @@ def backward(
             d_step1 = product((D, C), (s.d_w1.at[own], s.k.at[at].T)) + over_columns(d_b1, C)
             d_g1 = product((D, C), (read_hidden(own, _D_Z1_Q), s.mixing1.at[pl.ds(0, C)].T))
             d_g1 = d_g1 - d_step1 * step_size(slot)
-            write_hidden(_D_U, d_g1 * inner.gelu_gradient(keys_z1(slot, b1)))
+            write_hidden(_D_U, d_g1 * inner.gelu_gradient(before_gelu(slot, b1)))
             of_slices_s.at[tokens_of(own)][...] = loss.total(load(read_hidden(own, _G1)).astype(f32) * d_step1)
             together()
 
@@ -371,9 +372,9 @@ def backward(
 
             d_b2, d_gamma, d_beta, d_target = by(_OF_KEYS, back_through_keys, lambda: (d_b2, d_gamma, d_beta, nothing))
             together()
-            # Back through the layers.
+            # Back through the layers; z1 and d_x again, since registers do not hold them so long.
             s = matrices()
-            z1 = keys_z1(slot, b1)
+            z1 = before_gelu(slot, b1)
             d_x = back_through_layer2(z1)[0]
             d_z1 = product(
                 (D, C),

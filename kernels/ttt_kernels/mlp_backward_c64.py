@@ -1,7 +1,8 @@
-"""TTT-MLP, D = 64, 256 hidden units: the backward kernel; a cluster of four blocks walks back over a row and head.
+"""TTT-MLP, D = 64, C = 64: the backward kernel; a cluster of four thread blocks walks back over a row and head.
 
 From each checkpoint it first walks forward, keeping the weights at the start of each mini-batch in global memory, then
-back. Blocks have slices of the hidden units, as in the forward kernel; a mini-batch is worked on in blocks of tokens.
+back. Each thread block is one warpgroup with a slice of the hidden units; what sums over all units goes over the
+cluster. A mini-batch is worked on in blocks of tokens.
 """
 
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ def backward(
     per_group = min(blocks.tiles_per_checkpoint, num_tiles)
     num_groups = -(-num_tiles // blocks.tiles_per_checkpoint)
     f32, bf16 = jnp.float32, jnp.bfloat16
-    exchange = Exchange(n, blocks.interpreted, at_once=2 if c == n else 1)
+    exchange = Exchange(n, blocks.interpreted, at_once=1)
     rows = (batch_size, num_heads)
     of_sums = exchange.results(rows)
 
@@ -175,16 +176,11 @@ def backward(
             s.d_w1_operand[...], s.d_w2_operand[...] = load(s.d_w1).astype(bf16), load(s.d_w2).astype(bf16)
             plgpu.commit_smem()
             step = -over_columns(load(lr_read_s, ROWS), n)
-            if mini_batches.num_blocks == 1:
-                read = read_keys(s, mini_batches.block(m, 0), b1, b2)
-            else:
-                read = None
-                lax.fori_loop(
-                    0,
-                    mini_batches.num_blocks,
-                    lambda i, _: read_keys(matrices(), mini_batches.block(m, i), b1, b2) and None,
-                    None,
-                )
+
+            def write_keys(i, _):
+                read_keys(matrices(), mini_batches.block(m, i), b1, b2)
+
+            mini_batches.over_blocks(write_keys, None)
             plgpu.commit_smem()
 
             def back_through_reading(i, carry):
@@ -240,7 +236,7 @@ def backward(
                 next_d_b1, next_d_b2, d_gamma, d_beta = carry
                 s = matrices()
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                keys, z1, d_x, g1 = read_keys(s, at, b1, b2) if read is None else read
+                keys, z1, d_x, g1 = read_keys(s, at, b1, b2)
                 k_b, q_t, k_t = s.k.at[at].T, s.q.at[tokens].T, s.k.at[tokens].T
                 slope = inner.gelu_gradient(z1)
                 lr = write_steps(s, at, g1, keys.g)

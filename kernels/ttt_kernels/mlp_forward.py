@@ -1,4 +1,4 @@
-"""TTT-MLP, D = 64, 256 hidden units: the forward kernel; four warpgroups of one thread block walk over a row and head.
+"""TTT-MLP, D = 64: the forward kernel; four warpgroups of one thread block walk over a row and head.
 
 Each has a slice of 64 hidden units, whose weights it keeps in registers. What sums over all units is split over tokens
 instead: a block of 16 tokens is one warpgroup's, which reads what the others left in SMEM. So a mini-batch has four
