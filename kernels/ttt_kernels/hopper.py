@@ -8,6 +8,7 @@ Products read bfloat16. A float32 number is read as the sum of two, itself round
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import gpu
+
+from ttt_kernels import interpreter
 
 TILE = 64
 """Tokens that are copied at once."""
@@ -156,7 +159,7 @@ def joined(x: jax.Array, dtype: Any) -> jax.Array:
 def product(shape: tuple[int, int], *pairs) -> jax.Array:
     """Sum of the products of the pairs, float32; right operands are in SMEM.
 
-    An operand is a `Matrix`, or a reference or registers, which are one part.
+    An operand is a `Matrix`, or a reference or registers, which are one part; a left one may be `FirstRows`.
     """
 
     def accumulate(acc) -> Any:
@@ -165,12 +168,32 @@ def product(shape: tuple[int, int], *pairs) -> jax.Array:
         return acc[...]
 
     result: Any = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    if interpreter.detects_races():
+        for operand in itertools.chain.from_iterable(pairs):
+            result = result + _zero_read_from(operand)
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstRows:
+    """A left operand, the rows behind whose first `count` may be anything, and may be written meanwhile."""
+
+    ref: Any
+    count: int
+
+
+def _zero_read_from(operand) -> Any:
+    """0, for which an operand in SMEM is loaded: of what products read themselves the interpreter finds no races."""
+    if isinstance(operand, jax.Array):
+        return 0.0
+    if isinstance(operand, FirstRows):
+        operand = operand.ref.at[pl.ds(0, operand.count)]
+    return sum(jnp.where(jnp.isnan(load(ref).sum()), 0.0, 0.0) for ref in _parts(operand))
 
 
 def multiply(acc, a, b) -> None:
     """Adds a product to an accumulator; the parts' least product, that of what both left over, is left out."""
-    a, b = (x.parts if isinstance(x, Matrix) else (x,) for x in (a, b))
+    a, b = _parts(a.ref if isinstance(a, FirstRows) else a), _parts(b)
     for i, x in enumerate(a):
         for y in b[: max(len(a), len(b)) - i]:
             plgpu.wgmma(acc, x, y)
@@ -181,6 +204,10 @@ def updated(weights: jax.Array, left, right, *, fused: bool) -> Any:
     if not fused:
         return weights + product((weights.shape[0], weights.shape[1]), (left, right))
     return pl.run_state(lambda acc: multiply(acc, left, right))(plgpu.WGMMAAccumulatorRef.init(weights))
+
+
+def _parts(operand) -> tuple[Any, ...]:
+    return operand.parts if isinstance(operand, Matrix) else (operand,)
 
 
 def copy_tokens(source, at: tuple[Any, Any, Any], target: Matrix, barrier) -> None:

@@ -34,6 +34,12 @@ def parameters() -> plgpu.InterpretGPUParams | None:
     return _PARAMETERS.get()
 
 
+def detects_races() -> bool:
+    """Whether kernels are traced for an interpreter that looks for races."""
+    found = _PARAMETERS.get()
+    return found is not None and found.detect_races
+
+
 def require_threads(count: int) -> None:
     """For thread blocks or warpgroups that wait for each other: each may hold one of XLA's threads.
 

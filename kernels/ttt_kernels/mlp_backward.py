@@ -260,7 +260,9 @@ def backward(
             def attend():
                 s = matrices()
                 step, by_reader = steps()
-                attention = jnp.where(is_seen, product((TILE, C), (s.k.at[all_rows], s.q.at[slot].T)) + 1.0, 0.0)
+                attention = jnp.where(
+                    is_seen, product((TILE, C), (hopper.FirstRows(s.k.at[all_rows], C), s.q.at[slot].T)) + 1.0, 0.0
+                )
                 s.mixing1[...] = (attention * by_reader * step).astype(bf16)
                 return attention
 
