@@ -58,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     }
     config.optimizer = {
         "learning_rate": 2e-3,
-        "steps": 640,
+        "steps": 760,
         "warmup_steps": 40,
         "schedule": "cosine",
         "final_learning_rate_fraction": 0.1,
