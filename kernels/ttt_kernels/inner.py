@@ -133,3 +133,8 @@ def gelu_second_derivative(x: jax.Array) -> jax.Array:
     """The derivative of `gelu_gradient`."""
     t, slope = _tanh_and_slope(x)
     return (1.0 - t * t) * (slope + x * (3 * _ROOT * _CUBIC * x - t * slope * slope))
+
+
+def mixing(attention: jax.Array, steps: jax.Array) -> jax.Array:
+    """What readers take of sources' gradients; where one sees none, `attention` may be anything."""
+    return jnp.where(steps == 0.0, 0.0, (attention + 1.0) * steps)

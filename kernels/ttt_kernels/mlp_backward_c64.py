@@ -55,15 +55,7 @@ def backward(
     q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t, d_b1,
     d_w2t, d_b2, *, causal: bool, eps: float, blocks: MLPBlocks, interpret,
 ):  # fmt: skip
-    """Derivatives by every argument of the forward kernel.
-
-    Args: those of `forward`, the checkpoints `[B, H, N, ...]` in place of the first weights, and the derivatives by its
-        results.
-
-    Returns:
-        d_q, d_k, d_v `[B, T, H, 64]` bfloat16; float32: d_lr_read, d_lr_update and d_scale of each token `[B, H, T]`,
-        the derivatives by the first weights, d_ln_scale and d_ln_bias of each row `[B, H, 64]`.
-    """
+    """As `mlp_backward.backward`."""
     batch_size, num_tokens, num_heads, _ = q.shape
     c = scale.shape[0]
     n = min(c, blocks.columns)

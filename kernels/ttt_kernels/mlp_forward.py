@@ -167,7 +167,7 @@ def forward(
             def attend(i):
                 s = matrices()
                 attention = product((TILE, n), (k_t, q_t.at[mini_batches.block(m, i)].T))
-                s.mixing1.at[:, mini_batches.block(0, i)][...] = _mixing(attention, steps_of(i)).astype(bf16)
+                s.mixing1.at[:, mini_batches.block(0, i)][...] = inner.mixing(attention, steps_of(i)).astype(bf16)
 
             for_block(learn, first=0)
             for_block(attend, first=1)
@@ -197,7 +197,7 @@ def forward(
                 s = matrices()
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 attention = product((TILE, n), *over_slices(lambda j: [(s.x.at[j].T, s.x_q.at[j, :, block])]))
-                s.mixing2.at[:, block][...] = _mixing(attention, steps_of(i)).astype(bf16)
+                s.mixing2.at[:, block][...] = inner.mixing(attention, steps_of(i)).astype(bf16)
                 plgpu.commit_smem()
                 z2 = product(
                     (D, n),
@@ -279,8 +279,3 @@ def forward(
         compiler_params=hopper.compiler_params(auto_barriers=False),
         interpret=interpret,
     )(q, k, v, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
-
-
-def _mixing(attention: jax.Array, steps: jax.Array) -> jax.Array:
-    """What readers take of sources' gradients; where one sees none, `attention` may be anything."""
-    return jnp.where(steps == 0.0, 0.0, (attention + 1.0) * steps)

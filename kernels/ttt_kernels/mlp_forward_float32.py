@@ -87,16 +87,6 @@ def forward(
         plgpu.barrier_wait(start_barrier)
         gamma, beta = (over_columns(load(ref.at[head], ROWS), n) for ref in (ln_scale_g, ln_bias_g))
 
-        def save(weights, *targets):
-            """Straight to global memory: once for many mini-batches."""
-            *of_slice, (b2, b2_target) = zip(weights, targets, strict=True)
-            for value, target in of_slice:
-                target[...] = value
-
-            @pl.when(own == 0)
-            def _():
-                b2_target[...] = b2
-
         def mini_batch(m, weights):
             w1t, b1, w2t, b2 = weights
             s = matrices()
@@ -137,7 +127,7 @@ def forward(
                 is_seen = mini_batches.is_seen(m, i, causal=causal)
                 steps = over_columns(load(lr_read_s, ROWS), n)
                 steps = jnp.where(is_seen, -steps * over_rows(load(scale_s.at[mini_batches.block(0, i)], COLUMNS)), 0.0)
-                s.mixing1.write(_mixing(product((TILE, n), (k_t, q_b)), steps))
+                s.mixing1.write(inner.mixing(product((TILE, n), (k_t, q_b)), steps))
                 plgpu.commit_smem()
                 z1 = product((D, n), (s.w1, q_b), (s.g1, s.mixing1[tokens])) + over_columns(b1, n)
                 s.x_q.write(inner.gelu(z1))
@@ -145,7 +135,7 @@ def forward(
                 attention, z2 = over_cluster(
                     lambda: product((TILE, n), (s.x, s.x_q)), lambda: product((D, n), (s.w2, s.x_q))
                 )
-                s.mixing2.write(_mixing(attention, steps))
+                s.mixing2.write(inner.mixing(attention, steps))
                 plgpu.commit_smem()
                 z2 = z2 + product((D, n), (s.g2, s.mixing2[tokens])) + over_columns(b2, n)
                 out = q_b.read() + gamma * loss.normalize(z2)[0] + beta
@@ -175,14 +165,14 @@ def forward(
 
             return weights
 
-        weights = lax.fori_loop(0, num_tiles, tile, (w1t, b1, w2t, b2))
-        save(
-            weights,
-            w1t_end_g.at[row, head, own],
-            b1_end_g.at[row, head, own],
-            w2t_end_g.at[row, head, own],
-            b2_end_g.at[row, head],
-        )
+        *of_slice, b2 = lax.fori_loop(0, num_tiles, tile, (w1t, b1, w2t, b2))
+        for value, target in zip(of_slice, (w1t_end_g, b1_end_g, w2t_end_g), strict=True):
+            target.at[row, head, own][...] = value
+
+        @pl.when(own == 0)
+        def _():
+            b2_end_g.at[row, head][...] = b2
+
         plgpu.wait_smem_to_gmem(0)
         exchange.finish(of_exchange)
 
@@ -212,8 +202,3 @@ def forward(
         interpret=interpret,
     )(*of_tokens, lr_read, lr_update, scale, w1t, b1, w2t, b2, ln_scale, ln_bias)
     return hopper.joined(out, q.dtype), *results[: len(results) - len(of_sums)]
-
-
-def _mixing(attention: jax.Array, steps: jax.Array) -> jax.Array:
-    """What readers take of sources' gradients; where one sees none, `attention` may be anything."""
-    return jnp.where(steps == 0.0, 0.0, (attention + 1.0) * steps)
