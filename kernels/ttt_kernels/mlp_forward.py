@@ -89,9 +89,9 @@ def forward(
         def together() -> None:
             hopper.wait_for_each_other(everyone, interpreted=blocks.interpreted)
 
-        def over_slices(pairs):
+        def over_slices(pair):
             """A sum over all hidden units."""
-            return [pair for j in range(SLICES) for pair in pairs(j)]
+            return [pair(j) for j in range(SLICES)]
 
         def for_block(body, first: int) -> None:
             """Each block of a mini-batch by a warpgroup of its own, block 0 by warpgroup `first`."""
@@ -147,7 +147,7 @@ def forward(
             def learn(i):
                 s = matrices()
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                z2 = product((D, n), *over_slices(lambda j: [(s.w2.at[j], s.x.at[j, :, at])])) + over_columns(b2, n)
+                z2 = product((D, n), *over_slices(lambda j: (s.w2.at[j], s.x.at[j, :, at]))) + over_columns(b2, n)
                 keys = load(k_t.at[at].T).astype(f32)
                 target = load(v_t.at[at].T).astype(f32) - keys
                 g2 = loss.gradient(z2, target, gamma, beta).g
@@ -196,12 +196,12 @@ def forward(
             def read(i):
                 s = matrices()
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                attention = product((TILE, n), *over_slices(lambda j: [(s.x.at[j].T, s.x_q.at[j, :, block])]))
+                attention = product((TILE, n), *over_slices(lambda j: (s.x.at[j].T, s.x_q.at[j, :, block])))
                 s.mixing2.at[:, block][...] = inner.mixing(attention, steps_of(i)).astype(bf16)
                 plgpu.commit_smem()
                 z2 = product(
                     (D, n),
-                    *over_slices(lambda j: [(s.w2.at[j], s.x_q.at[j, :, block])]),
+                    *over_slices(lambda j: (s.w2.at[j], s.x_q.at[j, :, block])),
                     (s.g2, s.mixing2.at[tokens, block]),
                 )
                 normalized, _ = loss.normalize(z2 + over_columns(b2, n))

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from ttt_kernels import hopper
+from ttt_kernels import hopper, inner
 
 _COLUMNS, _WARPS, _LANES = 64, 4, 32
 
@@ -36,7 +36,7 @@ def total(scratch, *, interpreted: bool) -> Callable[[jax.Array], jax.Array]:
         result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=hopper.COLUMNS)
         return hopper.inline(_total, hopper.WGMMA, plgpu.RefType(), result=result)(x, scratch)
 
-    return (lambda x: x.sum(axis=0)) if interpreted else of
+    return inner.sum_rows if interpreted else of
 
 
 def _total(_, x, scratch):
