@@ -36,7 +36,7 @@ newest-jax:
 # Compiles the GPU kernels for an H100, which need not be there, and holds registers, spills and the like to a table.
 kernels-check: $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --upgrade --target .venv-h100 \
-	  jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc
+	  jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
 	PYTHONPATH=.venv-h100 $(BIN)/python -m ttt_kernels.check
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""A 10.7 M parameter Moshi with TTT in two of its six layers, on synthetic two-speaker conversations in Codec2 tokens.
+"""An 11.0 M parameter Moshi with TTT in two of its six layers, on synthetic two-speaker conversations in Codec2 tokens.
 
     python -m ttt_jax.data.conversations --hours=6 --min_minutes=5 --max_minutes=12 --seed=0 --output=data/quickstart
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart

@@ -8,7 +8,7 @@ r"""TTT-Video-DiT: video diffusion over several scenes with a text each, from mo
 
 The other variants are the five stages that CogVideoX-5B is trained in to films of one minute, each from the one before:
 
-    python -m ttt_jax.convert --source=cogvideox --input=THUDM/CogVideoX-5b/transformer --output=models/cogvideox
+    python -m ttt_jax.convert --source=cogvideox --input=THUDM/CogVideoX-5b --output=models/cogvideox
     python -m ttt_jax.data.latents --rows=3s.jsonl --empty_text=empty.safetensors --output=data/video-3s
     python train.py --config=configs/video_dit.py:3s --workdir=runs/video-3s
     python train.py --config=configs/video_dit.py:9s --workdir=runs/video-9s

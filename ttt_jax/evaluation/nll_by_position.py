@@ -51,7 +51,7 @@ class Curve:
     streams: str  # a stream's name, or "audio": the mean over codebooks
     frames: str  # "all", "silent" or "sounding"
     buckets: list[Estimate]
-    beyond_context: Estimate  # over all frames that the attention cannot connect with the recording's start
+    beyond_context: Estimate  # over all frames further in than the longest window of a layer's attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ttt_jax.training.config import ExperimentConfig
     from ttt_jax.training.step import TrainState
 
-PLUGINS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13")
+PLUGINS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13", "nvidia-nvvm")
 DEVICES_PER_HOST = 8
 
 CAPACITY = 84_929_347_584
