@@ -1,8 +1,10 @@
 import contextlib
+import subprocess
+import sys
 
 import pytest
 
-from ttt_jax.files import new_directory, write_atomically
+from ttt_jax.files import new_directory, only_process, write_atomically
 
 
 def test_written_files_are_whole(tmp_path):
@@ -25,3 +27,42 @@ def test_a_new_directory_is_whole_or_not_there(tmp_path):
     with pytest.raises(FileExistsError, match="choose another"), new_directory(tmp_path / "a"):
         pass
     assert (tmp_path / "a" / "whole").exists()
+
+
+def test_two_writers_of_one_directory_do_not_mix(tmp_path):
+    with new_directory(tmp_path / "a") as staging:
+        (staging / "of_the_first").write_text("x")
+        with pytest.raises(RuntimeError, match="another process is writing .*/a"), new_directory(tmp_path / "a"):
+            pass
+        (staging / "more").write_text("x")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["more", "of_the_first"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    left = tmp_path / ".a.being-written"
+    (left / "half").mkdir(parents=True)
+    (left / "half" / "file").write_text("x")
+    (left / ".lock").touch()
+    with new_directory(tmp_path / "a") as staging:
+        (staging / "whole").write_text("x")
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "whole"]
+
+
+def test_a_killed_process_holds_no_lock(tmp_path):
+    code = """if True:
+        import pathlib, sys, time
+        from ttt_jax.files import only_process
+        with only_process(pathlib.Path(sys.argv[1]), "sleeping"):
+            print(flush=True)
+            time.sleep(100)
+    """
+    lock = tmp_path / "lock"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with pytest.raises(RuntimeError, match="another process is sleeping"), only_process(lock, "sleeping"):
+        pass
+    holder.kill()
+    holder.communicate()
+    with only_process(lock, "sleeping"):
+        pass

@@ -1,11 +1,14 @@
-"""Files and directories that are there whole or not at all."""
+"""Files and directories that are there whole or not at all, and work that one process at a time does."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
 import uuid
 from collections.abc import Iterator
+
+from absl import logging
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
@@ -33,6 +36,29 @@ def new_path(path: str | pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
+def only_process(lock: pathlib.Path, doing: str) -> Iterator[None]:
+    """What one process at a time does: it holds the lock of this file, which is made, until it leaves or is killed.
+
+    Where the file system has no locks, this warns and goes on.
+
+    Args:
+        lock: the file, which stays.
+        doing: what this process wants to do, for the error.
+
+    Raises:
+        RuntimeError: another process is doing it.
+    """
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another process is {doing}; wait for it to end, or stop it.") from error
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s): see to it that no other process is %s.", lock, error, doing)
+        yield
+
+
+@contextlib.contextmanager
 def new_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory to write into that gets its name when the context ends, and is gone if that ends by an error.
 
@@ -40,13 +66,21 @@ def new_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
     Raises:
         FileExistsError: `directory` exists.
+        RuntimeError: another process is writing it.
     """
     directory = new_path(directory)
     staging = directory.with_name(f".{directory.name}.being-written")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        os.rename(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(exist_ok=True)
+    lock = staging / ".lock"
+    with only_process(lock, f"writing {directory}"):
+        try:
+            for left in staging.iterdir():
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left)
+                elif left != lock:
+                    left.unlink()
+            yield staging
+            lock.unlink()
+            os.rename(staging, directory)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)

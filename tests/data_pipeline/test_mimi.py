@@ -1,12 +1,16 @@
+import dataclasses
 import itertools
 import pickle
+import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import soundfile
 
+from ttt_jax.checkpoint import load, save_model
 from ttt_jax.data import codecs, conversations, mimi, pipeline, prepare, reader, tokens
 
 FRAME = 1920
@@ -119,6 +123,28 @@ def test_a_folder_of_audio(mimi_directory, codec, tmp_path):
     prepare.make(folder, tmp_path / "four", **options, num_codebooks=4)
     four = recordings(tmp_path / "four")["a.wav"].codes
     np.testing.assert_array_equal(four[1:], found["a.wav"].codes[[1, 2, 3, 4, 9, 10, 11, 12]])
+
+
+@pytest.mark.parametrize("change", ["weights", "codebooks"])
+def test_a_mimi_that_was_converted_again_does_not_go_on_with_the_data_of_the_old_one(mimi_directory, tmp_path, change):
+    """In the same directory, while half of the recordings were encoded."""
+    folder, directory = tmp_path / "audio", tmp_path / "mimi"
+    folder.mkdir()
+    voice(folder / "a.wav", 0.3)
+    shutil.copytree(mimi_directory, directory)
+    prepare.make(folder, tmp_path / "out", codec="mimi", mimi=str(directory))
+    (tmp_path / "out" / "tokens.json").unlink()
+    config, params = load(directory)
+    shutil.rmtree(directory)
+    if change == "weights":
+        params = jax.tree.map(lambda x: 2 * x, params)
+    else:
+        config = dataclasses.replace(config, num_codebooks=4)
+    save_model(directory, config, params)
+    for cached in (mimi.open_mimi, mimi._loaded, mimi._fingerprint):  # as in a new process
+        cached.cache_clear()
+    with pytest.raises(ValueError, match="begun with other settings .codec_fingerprint was"):
+        prepare.make(folder, tmp_path / "out", codec="mimi", mimi=str(directory))
 
 
 class Dies:

@@ -168,9 +168,12 @@ def test_threads_may_run_processes_at_the_same_time(monkeypatch):
 
 
 def test_one_builder_at_a_time(tmp_path):
-    with pipeline._only_builder(tmp_path), pytest.raises(RuntimeError, match="another process is building"), \
-            pipeline._only_builder(tmp_path):  # fmt: skip
-        pass
+    def meanwhile(ids):
+        with pytest.raises(RuntimeError, match="another process is building"):
+            pipeline.build(plan(tmp_path / "out"), [Noise("a")], split)
+        return split(ids)
+
+    pipeline.build(plan(tmp_path / "out"), [Noise("a")], meanwhile)
 
 
 def test_a_long_recording_streams():

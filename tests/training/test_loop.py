@@ -12,6 +12,7 @@ from ttt_jax.checkpoint import load
 from ttt_jax.config import from_mapping
 from ttt_jax.data import prepare, reader
 from ttt_jax.data.chunks import Chunk
+from ttt_jax.files import only_process
 from ttt_jax.training import ExperimentConfig, NonFiniteError, run, train
 
 
@@ -45,6 +46,14 @@ def test_a_workdir_of_another_config_is_refused_and_left_as_it_is(mapping, workd
     mapping["optimizer"]["learning_rate"] = 0.5
     before = content(workdir)
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate: 0\.01 -> 0\.5"):
+        run(mapping, workdir)
+    assert content(workdir) == before
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_changes_nothing(mapping, workdir):
+    shutil.rmtree(workdir / "checkpoints" / "60")
+    before = content(workdir)
+    with only_process(workdir / "lock", "training"), pytest.raises(RuntimeError, match="another process is training"):
         run(mapping, workdir)
     assert content(workdir) == before
 

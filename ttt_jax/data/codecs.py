@@ -49,6 +49,7 @@ class Codec2:
         card: codes lie in [0, card).
         frame_samples: samples per frame.
         directory: of its weights; None where it has none.
+        fingerprint: of its weights and of how they are used; None where it has none.
         shares_a_process: whether it takes so long to start that one process encodes all recordings.
     """
 
@@ -59,6 +60,7 @@ class Codec2:
     card = 512
     frame_samples = 640
     directory = None
+    fingerprint = None
     shares_a_process = False
 
     def encoder(self) -> "Codec2Encoder":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import pathlib
 import threading
@@ -62,6 +63,11 @@ class MimiCodec:
         """Samples per frame."""
         return self.config.frame_samples
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the parameters and the config; reads the parameters."""
+        return _fingerprint(self.directory, self.config)
+
     def encoder(self) -> "MimiEncoder":
         """A fresh streaming encoder for one channel."""
         return MimiEncoder(self)
@@ -111,6 +117,17 @@ def _loaded(directory: str) -> Any:
     from ttt_jax.checkpoint import load
 
     return load(directory)[1]
+
+
+@functools.cache
+def _fingerprint(directory: str, config: MimiConfig) -> str:
+    import jax
+
+    digest = hashlib.sha256(repr(config).encode())
+    for path, leaf in jax.tree.leaves_with_path(_params(directory)):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()[:24]
 
 
 @functools.cache

@@ -6,7 +6,6 @@ OUTPUT, tokens.json last, so a directory without tokens.json is unfinished and `
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import io
@@ -27,7 +26,7 @@ from absl import logging
 from ttt_jax.data import beam, processes, text, tokens
 from ttt_jax.data.audio import BadRecordingError
 from ttt_jax.data.codecs import Codec, encode_blocks
-from ttt_jax.files import write_atomically
+from ttt_jax.files import only_process, write_atomically
 
 BUILD_FILE = "build.json"
 RESULT_FILE = "skipped.json"
@@ -75,7 +74,8 @@ class Plan:
 
     Attributes:
         output: the dataset's directory.
-        settings: every flag that the result depends on, as JSON types; a rerun must come with the same.
+        settings: every flag that the result depends on, as JSON types; a rerun must come with the same, and the same
+            weights of the codec.
         codec: what tokenizes.
         tokenizer: sentencepiece model to use, or None to train one on the training words.
         vocab_size: upper limit of the trained tokenizer's vocabulary.
@@ -127,7 +127,7 @@ def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], d
         return result["skipped"]
     work = plan.output.absolute() / WORK_DIR  # workers elsewhere have another current directory
     work.mkdir(exist_ok=True)
-    with _only_builder(work):
+    with only_process(work / "lock", f"building in {work}"):
         done, skipped = _tokenize_all(plan, sources, work)
         if not done:
             reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
@@ -151,7 +151,7 @@ def _digest(*parts: str) -> str:
 def _claim(plan: Plan) -> None:
     """Record the settings in a fresh directory, or hold them against those it was begun with."""
     path = plan.output / BUILD_FILE
-    settings = json.loads(json.dumps(dict(plan.settings)))
+    settings = json.loads(json.dumps({**plan.settings, "codec_fingerprint": plan.codec.fingerprint}))
     if not path.exists():
         others = [p.name for p in plan.output.iterdir() if not p.name.startswith(BUILD_FILE)]
         if others:
@@ -169,17 +169,6 @@ def _claim(plan: Plan) -> None:
             f"output: {plan.output} was begun with other settings ({'; '.join(changed)}); "
             "rerun with the same ones, or choose a new directory"
         )
-
-
-@contextlib.contextmanager
-def _only_builder(work: pathlib.Path) -> Iterator[None]:
-    """Hold a directory's lock for as long as this process builds in it."""
-    with (work / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RuntimeError(f"another process is building in {work}; wait for it to end") from error
-        yield
 
 
 def _tokenize_all(

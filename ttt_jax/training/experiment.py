@@ -1,7 +1,8 @@
 """From a plain config mapping and a directory to a trained model."""
 
+import contextlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from ttt_jax.config import from_mapping
 from ttt_jax.data.codecs import codec_of
 from ttt_jax.data.reader import open_dataset, splits
 from ttt_jax.data.tokens import TokenInfo
+from ttt_jax.files import only_process
 from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.training import distributed, sharding
 from ttt_jax.training.config import ExperimentConfig, claim_workdir
@@ -39,6 +41,7 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path, speaker: Speaker | No
         ValueError, TypeError: A bad config, one that contradicts the dataset, or a workdir of another config.
         FileNotFoundError: No dataset; names the command that makes one.
         NonFiniteError: See `train`.
+        RuntimeError: Another run is training in `workdir`.
     """
     # Before the data, so that a typo is told even without a dataset.
     config = from_mapping(ExperimentConfig, mapping)
@@ -50,8 +53,25 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path, speaker: Speaker | No
     if not has_checkpoint(workdir):
         check_init_from(config)
     # Last, so that a start that fails leaves nothing behind.
-    claim_workdir(workdir, config)
-    return train(config, workdir, training, validation, speak), config.optimizer.steps
+    with _only_run(workdir):
+        claim_workdir(workdir, config)
+        return train(config, workdir, training, validation, speak), config.optimizer.steps
+
+
+@contextlib.contextmanager
+def _only_run(workdir: pathlib.Path) -> Iterator[None]:
+    """Two at a time would destroy each other's checkpoints."""
+    with contextlib.ExitStack() as held:
+        error = None
+        if distributed.is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(only_process(workdir / "lock", f"training in {workdir}"))
+            except RuntimeError as caught:
+                error = caught
+        if not distributed.everywhere(error is None):
+            raise error or RuntimeError(f"another run is training in {workdir}.")
+        yield
 
 
 def _speak(config: ExperimentConfig, speaker: Speaker | None) -> Speak | None:

@@ -44,7 +44,7 @@ def train(
 
     Args:
         config: The experiment.
-        workdir: Gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+        workdir: Gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`; of this run alone.
         training: Batches to train on, of the rows that `local_rows` gives this process.
         validation: Batches of fresh rows, whose first `config.validation.num_batches` are scored; None: there is no
             validation, whatever the config says. Of the same rows.
