@@ -32,7 +32,7 @@ def test_a_new_directory_is_whole_or_not_there(tmp_path):
 def test_two_writers_of_one_directory_do_not_mix(tmp_path):
     with new_directory(tmp_path / "a") as staging:
         (staging / "of_the_first").write_text("x")
-        with pytest.raises(RuntimeError, match="another process is writing .*/a"), new_directory(tmp_path / "a"):
+        with pytest.raises(RuntimeError, match="another process is writing"), new_directory(tmp_path / "a"):
             pass
         (staging / "more").write_text("x")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["more", "of_the_first"]

@@ -263,6 +263,31 @@ def integers(folder, rewritten):
     )
 
 
+def in_files(folder, count):
+    """The weights of a folder spread over files without an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for i in range(count):
+        part = {name: tensor for at, (name, tensor) in enumerate(tensors.items()) if at % count == i}
+        save_file(part, folder / f"model-{i + 1:05}-of-{count:05}.safetensors")
+
+
+@pytest.mark.parametrize("named", ["", "model-00002-of-00003.safetensors"])
+def test_files_that_belong_together_need_no_index(released, named):
+    folder = released("moshi_tiny")
+    expected = {name: np.asarray(x) for name, x in plan("moshi", str(folder), Options()).source.tensors.items()}
+    in_files(folder, 3)
+    found = plan("moshi", str(folder / named), Options()).source.tensors
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        np.testing.assert_array_equal(np.asarray(tensor), expected[name], err_msg=name)
+
+
+def one_of_three_missing(folder, rewritten):
+    in_files(folder, 3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
 def two_files(folder, rewritten):
     for name in ("a", "b"):
         (folder / f"{name}.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
@@ -278,6 +303,7 @@ def two_files(folder, rewritten):
         (wrong_config, r"is it the config of this checkpoint\?\nmisshapen"),
         (broken_config, r"--config: .*config\.json cannot be read as JSON"),
         (integers, r"must be floating; the weights hold out_norm\.alpha int64"),
+        (one_of_three_missing, r"model-00002-of-00003\.safetensors does not exist"),
         (two_files, r"found a\.safetensors, b\.safetensors; name the file"),
     ],
 )

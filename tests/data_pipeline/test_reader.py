@@ -39,6 +39,21 @@ def test_the_first_recordings_alone(small_dataset, train):
     assert len(train.first(100)) == len(train)
 
 
+def test_the_codes_last_asked_for_are_kept(train, monkeypatch):
+    read = []
+
+    class Source:
+        def __getitem__(self, index):
+            read.append(index)
+            return train._source[0]
+
+    monkeypatch.setattr(reader, "_CACHE_BYTES", 2 * train[0].codes.nbytes)
+    dataset = reader.TokenDataset(Source(), train.info, train.num_frames[:1].tolist() * 3)
+    for index in (0, 1, 0, 2, 0, 1, 1):
+        np.testing.assert_array_equal(dataset.codes(index), train[0].codes)
+    assert read == [0, 1, 2, 1]
+
+
 def test_it_is_an_ordinary_tfds_dataset(small_dataset, train):
     builder = load_builder(small_dataset)
     assert isinstance(builder, tfds.core.DatasetBuilder)

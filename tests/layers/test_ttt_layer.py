@@ -186,6 +186,32 @@ def test_diagnostics_are_sown_only_on_request():
     assert float(sown["diagnostics"]["step_size_saturation"][0]) == 1
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_diagnostics_are_means_over_real_tokens(start):
+    """Whatever the padding, and wherever in a mini-batch a call begins."""
+    params, _, x = make("mamba", 3 * C)
+    params["step_size"]["kernel"] *= 3
+    layer = TTTLayer(PRESETS["mamba"], dtype=jnp.float64)
+    state = layer.apply({"params": params}, x[:, :start])[1] if start else None
+
+    def diagnose(rows, num_tokens, length=None):
+        of_rows = jax.tree.map(lambda leaf: leaf[rows], state)
+        _, sown = layer.apply(
+            {"params": params}, x[rows, start:num_tokens], of_rows, length=length, mutable=["diagnostics"]
+        )
+        return {name: float(value[0]) for name, value in sown["diagnostics"].items() if name != "fast_weight_drift"}
+
+    lengths = (1, C, 0)
+    padded = diagnose(slice(None), 3 * C, jnp.asarray(lengths))
+    alone = [diagnose(slice(row, row + 1), start + length) for row, length in enumerate(lengths) if length]
+    assert 0 < padded["step_size_saturation"] < 1
+    for name, value in padded.items():
+        expected = np.average([found[name] for found in alone], weights=lengths[:2])
+        np.testing.assert_allclose(value, expected, rtol=1e-12, err_msg=name)
+    nothing = diagnose(slice(None), 3 * C, jnp.zeros(3, jnp.int32))
+    assert set(nothing.values()) == {0.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

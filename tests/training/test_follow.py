@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import resource
 
 import jax
@@ -12,7 +13,8 @@ import pytest
 from ttt_jax.config import from_mapping
 from ttt_jax.data.chunks import Walks
 from ttt_jax.models import moshi
-from ttt_jax.training.config import ExperimentConfig
+from ttt_jax.training.config import ExperimentConfig, MeshConfig, Stage
+from ttt_jax.training.next_token import training_chunks
 from ttt_jax.training.step import init_state, train_step
 
 DELAYS, INITIAL = (0, 0, 1, 0, 1), (20,) * 5
@@ -171,3 +173,20 @@ def test_bad_options_are_named():
         dataclasses.replace(config.data, mode="crops", gradient_chunks=2)
     with pytest.raises(ValueError, match="recording_frames: expected None unless mode is 'follow'"):
         dataclasses.replace(config.data, mode="crops", recording_frames=100)
+
+
+def test_each_stage_walks_in_an_order_of_its_own():
+    """Else a stage would begin with the recordings that the one before it has read; a run without stages stays."""
+    codes = [np.full((5, 4), i, np.int32) for i in range(100)]
+    config = dataclasses.replace(make(num_frames=8), mesh=MeshConfig(data=1, fsdp=1))
+    stages = tuple(Stage(steps, 8) for steps in (10, 10))
+    staged = training_chunks(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, stages=stages)), Recordings(codes)
+    )
+    read = [{int(row[1, 2]) for row in staged[step].tokens} for step in range(30)]
+    orders = [[min(found) for found in read[first : first + 10]] for first in (0, 10, 20)]
+    assert all(len(set().union(*read[first : first + 10])) == 20 for first in (0, 10, 20))
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+    alone = training_chunks(config, Recordings(codes))
+    for step in range(10):
+        np.testing.assert_array_equal(alone[step].tokens, staged[20 + step].tokens)

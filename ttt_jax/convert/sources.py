@@ -10,7 +10,7 @@ from ttt_jax.convert.adapters import dequantized, with_lora_merged
 from ttt_jax.convert.checks import check_tensors
 from ttt_jax.convert.fused import is_fused, split_fused
 from ttt_jax.convert.table import Table
-from ttt_jax.convert.tensors import INDEX_SUFFIX, SUFFIX, open_tensors, read_metadata
+from ttt_jax.convert.tensors import INDEX_SUFFIX, SUFFIX, open_tensors, read_metadata, shards
 from ttt_jax.convert.writing import COGVIDEOX_FILE, CURRENT, DIFFUSERS, FUSED, MODEL_FILE, TTT_VIDEO_DIT
 from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import MoshiConfig
@@ -24,7 +24,6 @@ TRANSFORMER = "transformer"
 LORA_FILE = "lora.safetensors"
 TOKENIZER_FILE = "tokenizer_spm_32k_3.model"
 PUBLISHED_LORA_SCALING = 2.0
-EXAMPLE = "kyutai/moshiko-pytorch-bf16"
 
 
 class Source(NamedTuple):
@@ -51,7 +50,7 @@ def open_source(kind: str, name: str, options: Options) -> Source:
 
     Args:
         kind: "moshi", "mimi", "ttt_lm", "video_dit" or "cogvideox".
-        name: Path of a safetensors file, an index or a folder, or a repository of the Hugging Face hub.
+        name: Path of a safetensors file (one of several stands for all), an index or a folder, or a repository of the Hugging Face hub.
         options: See `Options`.
 
     Raises:
@@ -187,13 +186,13 @@ def _read_config(given: pathlib.Path | None, beside: pathlib.Path) -> dict[str, 
 
 
 def _weights(path: pathlib.Path, usual: str) -> pathlib.Path:
-    """The file or index to read: the path itself, or in a folder the usual file, an index, or the only file."""
+    """The file or index to read: the path itself, or in a folder the usual file, an index, or the only file or set."""
     if not path.is_dir():
         return path
     indices = sorted(path.glob("*" + INDEX_SUFFIX))
     files = sorted(path.glob("*" + SUFFIX))
     for found in ([path / usual] if (path / usual).is_file() else [], indices, files):
-        if len(found) == 1:
+        if found and all(path in shards(found[0]) for path in found):
             return found[0]
     names = ", ".join(file.name for file in (*files, *indices)) or "none"
     raise ValueError(

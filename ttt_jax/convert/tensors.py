@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
 
 
 class Tensor:
@@ -89,9 +91,31 @@ def open_index(path: pathlib.Path) -> dict[str, Tensor]:
     return {tensor: files[file][tensor] for tensor, file in where.items()}
 
 
+def shards(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files that belong together with this one by their names, NAME-00001-of-00003.safetensors and so on."""
+    match = _SHARD.fullmatch(path.name)
+    if match is None:
+        return [path]
+    name, count = match.groups()
+    return [path.with_name(f"{name}-{number:05}-of-{count}{SUFFIX}") for number in range(1, int(count) + 1)]
+
+
 def open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of an index of several."""
-    return open_index(path) if path.name.endswith(INDEX_SUFFIX) else open_file(path)
+    """The tensors of a safetensors file, of all the files that belong together with it, or of an index of several.
+
+    Raises:
+        ValueError: A file is missing or damaged, or two have a tensor of the same name.
+    """
+    if path.name.endswith(INDEX_SUFFIX):
+        return open_index(path)
+    tensors: dict[str, Tensor] = {}
+    for file in shards(path):
+        found = open_file(file)
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise ValueError(f"--input: {file} holds tensors that the files before it hold too: {', '.join(twice)}")
+        tensors |= found
+    return tensors
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:

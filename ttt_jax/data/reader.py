@@ -1,5 +1,6 @@
 """Opening a token dataset and drawing crops from it, by index alone."""
 
+import collections
 import json
 import pathlib
 import threading
@@ -27,7 +28,7 @@ class TokenDataset:
         self._source = source
         self.info = info
         self.num_frames = np.asarray(num_frames, np.int64)
-        self._cache: dict[int, np.ndarray] = {}
+        self._cache: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self._cache_room = _CACHE_BYTES
         self._lock = threading.Lock()
 
@@ -48,14 +49,19 @@ class TokenDataset:
         return Recording(name, codes, json.loads(record["metadata"].decode()))
 
     def codes(self, index: int) -> np.ndarray:
-        """`self[index].codes`, kept in memory while a gibibyte lasts: crops come back to them."""
-        codes = self._cache.get(index)
-        if codes is None:
-            codes = self[index].codes
-            with self._lock:
-                if index not in self._cache and codes.nbytes <= self._cache_room:
-                    self._cache[index] = codes
-                    self._cache_room -= codes.nbytes
+        """`self[index].codes`; a gibibyte of those last asked for is kept: crops and walks come back to them."""
+        with self._lock:
+            codes = self._cache.get(index)
+            if codes is not None:
+                self._cache.move_to_end(index)
+                return codes
+        codes = self[index].codes
+        with self._lock:
+            if index not in self._cache and codes.nbytes <= _CACHE_BYTES:
+                self._cache[index] = codes
+                self._cache_room -= codes.nbytes
+                while self._cache_room < 0:
+                    self._cache_room += self._cache.popitem(last=False)[1].nbytes
         return codes
 
 

@@ -243,7 +243,7 @@ class TTTLayer(nn.Module):
         tokens = (q, k, v, gate * (c.base_lr / c.head_dim))
         operation: Any = ttt_linear if c.kind == "linear" else ttt_mlp
         out, ttt_state = operation(params, *tokens, **options)
-        self._diagnose(params, tokens, options, gate, ttt_state)
+        self._diagnose(params, tokens, options, gate, is_real, ttt_state)
         y = self._output(x, out.reshape(x.shape))
         if is_real is not None:
             y = jnp.where(is_real, y, jnp.zeros((), y.dtype))
@@ -337,16 +337,22 @@ class TTTLayer(nn.Module):
         read = jnp.full(x.shape[0], x.shape[1], jnp.int32) if length is None else length
         return read if state is None else state.position + read
 
-    def _diagnose(self, params, tokens, options, gate, state):
-        """Sow scalars when the caller asks for the collection "diagnostics"; otherwise compute nothing."""
+    def _diagnose(self, params, tokens, options, gate, is_real, state):
+        """Sow scalars, means over real tokens, when the caller asks for the collection "diagnostics"; otherwise
+        compute nothing.
+        """
         if not self.is_mutable_collection("diagnostics") or self.is_initializing():
             return
         saturated = (gate < SATURATED) | (gate > 1 - SATURATED)
-        self.sow("diagnostics", "step_size_saturation", jnp.mean(saturated, dtype=gate.dtype))
+        is_real = jnp.ones((1, 1, 1), bool) if is_real is None else is_real
+        self.sow("diagnostics", "step_size_saturation", _mean(saturated.astype(gate.dtype), is_real))
         self.sow("diagnostics", "fast_weight_drift", _drift(params, state))
         losses = ttt_loss(params, *tokens, **options)
+        tokens_read = _tokens_of_mini_batches(
+            self.config.mini_batch_size, *gate.shape[:2], losses.before.shape[2], options
+        )
         for name, loss in losses._asdict().items():
-            self.sow("diagnostics", f"inner_loss_{name}", jnp.mean(loss))
+            self.sow("diagnostics", f"inner_loss_{name}", _mean(loss, tokens_read))
 
 
 class _Conv(nn.Module):
@@ -430,3 +436,19 @@ def _drift(params, state: TTTState) -> jax.Array:
     initial = tuple(w[None] for w in params.fast_weights)
     moved = squares(tuple(w - i for w, i in zip(state.weights, initial, strict=True)))
     return jnp.mean(jnp.sqrt(moved / squares(initial)))
+
+
+def _tokens_of_mini_batches(size: int, batch_size: int, num_tokens: int, count: int, options) -> jax.Array:
+    """How many of a call's real tokens each of the `count` mini-batches of `ttt_loss` has, [B, 1, N] int32."""
+    state, length = options["state"], options["length"]
+    first = jnp.zeros(batch_size, jnp.int32) if state is None else state.count
+    behind = first + (num_tokens if length is None else length)
+    begins = size * jnp.arange(count, dtype=jnp.int32)[None]
+    read = jnp.minimum(begins + size, behind[:, None]) - jnp.maximum(begins, first[:, None])
+    return jnp.maximum(read, 0)[:, None]
+
+
+def _mean(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """The weighted mean; 0 where all weights are."""
+    weights = jnp.broadcast_to(weights.astype(x.dtype), x.shape)
+    return jnp.sum(x * weights) / jnp.maximum(jnp.sum(weights), 1)

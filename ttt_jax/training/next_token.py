@@ -152,15 +152,17 @@ def _model_input(tokens, length, reset, carry):
 
 def training_chunks(config: ExperimentConfig, dataset: TokenDataset) -> Chunks:
     """What each update of the experiment reads: the stages of its curriculum, then the data section's own sizes."""
-    data = config.data
+    data, last = config.data, Stage(config.optimizer.steps, config.data.num_frames, config.data.recording_frames)
+    # An order of each stage's own: else it would begin with the recordings that the one before has read.
+    seeds = [int(np.random.SeedSequence((config.seed, i)).generate_state(1)[0]) for i in range(len(data.stages))]
     stages = []
-    for stage in (*data.stages, Stage(config.optimizer.steps, data.num_frames, data.recording_frames)):
+    for stage, seed in zip((*data.stages, last), (*seeds, config.seed), strict=True):
         if data.mode == "follow":
             frames = stage.num_frames * data.gradient_chunks
             make = functools.partial(Walks, num_frames=frames, recording_frames=stage.recording_frames)
         else:
             make = functools.partial(Crops, num_frames=stage.num_frames)
-        stages.append((stage.steps, _chunks(config, dataset, make, seed=config.seed)))
+        stages.append((stage.steps, _chunks(config, dataset, make, seed=seed)))
     return Stages(stages)
 
 
