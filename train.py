@@ -42,6 +42,15 @@ def main(argv: list[str]) -> None:
         print(f"{state} after step {done} of {total}: {workdir}", file=sys.stderr)
 
 
+def spelled_out(argument: str) -> str:
+    """A flag as the config has it: `--config.optim.lr` is short for `--config.optimizer.learning_rate`."""
+    name, equals, value = argument.partition("=")
+    if name.startswith("--config.optim."):
+        field = name.removeprefix("--config.optim.")
+        name = f"--config.optimizer.{'learning_rate' if field == 'lr' else field}"
+    return name + equals + value
+
+
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, [spelled_out(argument) for argument in sys.argv])

@@ -49,7 +49,8 @@ def test_from_weights_and_speech_to_speech(run, kyutais, speech, tmp_path):
     )
     mimis = (f"--input={kyutais / 'mimi.safetensors'}", f"--config={kyutais / 'mimi.json'}")
     run("convert", "--source=mimi", *mimis, f"--output={models['mimi']}")
-    given = (f"--checkpoint={models['moshi']}", f"--mimi={models['mimi']}", f"--input={speech}", "--channel=right")
+    # Without --mimi, which lies beside Moshi.
+    given = (f"--checkpoint={models['moshi']}", f"--input={speech}", "--channel=right")
     program = run("generate", *given, f"--output={tmp_path / 'moshi.wav'}", f"--words={tmp_path / 'words.json'}")
     heard = soundfile.info(speech)
     frames = int(np.ceil(heard.frames * 3 / 1920))  # 8 kHz to 24

@@ -207,6 +207,23 @@ def test_bad_input_names_the_argument():
     with pytest.raises(ValueError, match="length must be"):
         window_attention(q, k, v, window=3, length=jnp.zeros(B + 1, jnp.int32))
 
+    with pytest.raises(ValueError, match=r"rope must be a RotaryEmbedding or None, got 10000\.0"):
+        window_attention(q, k, v, window=3, rope=1e4)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"q must have an even head dim .* \(2, 3, 2, 3\)"):
+        window_attention(q[..., :3], k[..., :3], v[..., :3], window=3, rope=ROPE)
+    with pytest.raises(ValueError, match="causal must be True or False, got None"):
+        segment_attention(q, k, v, segment=3, causal=None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint32, np.int64])
+def test_lengths_of_any_integer_dtype_are_clipped(kind, dtype):
+    """Numbers beyond int32 too, which JAX would wrap, and T beyond what the dtype holds."""
+    q, k, v = qkv(300)
+    most = 2**40 if dtype == np.int64 else np.iinfo(dtype).max
+    expected = KINDS[kind](q, k, v, length=jnp.array([min(most, 300), 100]))
+    found = KINDS[kind](q, k, v, length=np.array([most, 100], dtype))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
 
 def test_lengths_and_resets_may_be_lists(kind):
     q, k, v = qkv(3)

@@ -41,6 +41,14 @@ def test_a_row_with_a_length_is_that_row_alone_whatever_lies_beyond():
         np.testing.assert_allclose(y[row, :n], apply({"params": params}, x[row : row + 1, :n])[0], atol=1e-12)
 
 
+def test_a_narrow_length_of_a_long_row():
+    """200 frames are more than int8 counts."""
+    params, _ = make()
+    x = np.random.default_rng(1).standard_normal((1, 200, WIDTH))
+    narrow, wide = (BLOCK.apply({"params": params}, x, np.array([100], dtype)) for dtype in (np.int8, np.int32))
+    np.testing.assert_array_equal(narrow, wide)
+
+
 def test_reversing_time_swaps_the_two_passes():
     """Segments of one frame, so that attention has no direction of its own."""
     block = TTTBidirectional(CONFIG, segment=1, dtype=jnp.float64)

@@ -31,6 +31,7 @@ class Run:
             f"--workdir={workdir}",
             f"--config.data.directory={dataset}",
             f"--config.data.mode={mode}",
+            "--config.optim.lr=0.01",
         ]
         self._environment = {**os.environ, **environment}
 

@@ -1,7 +1,10 @@
 """Bad calls say which argument is wrong, what was expected and what came."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ttt_cases import C, make_params, make_tokens
 
@@ -66,6 +69,9 @@ def make_state(count=None):
             r"state.count: expected 0 <= count < C = 4, got \[4, 0\]. Was the state made with another mini_batch",
         ),
         (lambda: {"state": make_state(jnp.array([0, -1], jnp.int32))}, r"state.count: expected 0 <= count"),
+        (lambda: {"causal": None}, r"causal: expected True or False, got None"),
+        (lambda: {"causal": "no"}, r"causal: expected True or False, got 'no'"),
+        (lambda: {"implementation": 3}, r"implementation: expected one of .* got 3"),
         (lambda: {"implementation": "cuda"}, r"implementation: expected one of .* got 'cuda'"),
     ],
 )
@@ -87,6 +93,19 @@ def test_lengths_and_resets_may_be_lists():
     listed = call(state=state, length=[1, 3], reset=[True, False])
     arrays = call(state=state, length=jnp.array([1, 3]), reset=jnp.array([True, False]))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, listed, arrays))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint32, np.int64, list])
+def test_lengths_of_any_integer_dtype_are_clipped(dtype):
+    """Numbers beyond int32 too, which JAX would wrap, and T beyond what the dtype holds."""
+    tokens = dict(zip(("q", "k", "v", "lr"), make_tokens(300), strict=True))
+    most = 2**40 if dtype in (np.int64, list) else np.iinfo(dtype).max
+    expected = call(**tokens, length=jnp.array([min(most, 300), 100]))
+    length = [most, 100] if dtype is list else np.array([most, 100], dtype)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, call(**tokens, length=length), expected))
+    if most < 2**31:
+        found = jax.jit(lambda length: call(**tokens, length=length))(jnp.asarray(length))
+        assert jax.tree.all(jax.tree.map(partial(jnp.allclose, atol=1e-12), found, expected))
 
 
 def test_unsupported_implementations_say_why_and_the_next_is_tried():
@@ -112,5 +131,6 @@ def test_init_state_is_per_row_and_float32():
     state = ttt_jax.init_state(params, 3)
     assert {x.shape[0] for x in jax.tree.leaves(state)} == {3}
     assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
-    with pytest.raises(ValueError, match="batch_size: expected an int >= 0, got -1"):
-        ttt_jax.init_state(params, -1)
+    for wrong in (-1, 2.0, "2"):
+        with pytest.raises(ValueError, match=f"batch_size: expected an int >= 0, got {wrong!r}"):
+            ttt_jax.init_state(params, wrong)

@@ -319,9 +319,10 @@ def test_state_drift_over_1000_mini_batches_of_bfloat16_is_bounded(kind):
 
 
 @kinds
-def test_works_under_vmap_scan_remat_and_shard_map(kind):
+@pytest.mark.parametrize("implementation", ["scan", "reference"])
+def test_works_under_vmap_scan_remat_and_shard_map(kind, implementation):
     params, tokens = make_params(kind), make_tokens(2 * C + 1, batch_size=8)
-    operation = partial(OPERATIONS[kind], mini_batch_size=C)
+    operation = partial(OPERATIONS[kind], mini_batch_size=C, implementation=implementation)
     out, state = jax.jit(operation)(params, *tokens)
 
     mapped = jax.jit(jax.vmap(lambda t: operation(params, *(x[None] for x in t))[0][0]))(tokens)

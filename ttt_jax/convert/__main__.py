@@ -5,7 +5,7 @@
     python -m ttt_jax.convert --source=cogvideox --input=THUDM/CogVideoX-5b --output=models/video
     python -m ttt_jax.convert --reverse --input=models/moshiko --output=moshiko-kyutai
 
-`--input` is a .safetensors file (of NAME-00001-of-00003 any), its index, a folder, or (extra `hub`) a repository of the Hugging Face hub. PyTorch is
+`--input` is a .safetensors file, its index, a folder, or (extra `hub`) a repository of the Hugging Face hub. PyTorch is
 not needed. Memory stays near the largest parameter; a run that is stopped leaves nothing that loads.
 """
 

@@ -50,7 +50,8 @@ def open_source(kind: str, name: str, options: Options) -> Source:
 
     Args:
         kind: "moshi", "mimi", "ttt_lm", "video_dit" or "cogvideox".
-        name: Path of a safetensors file (one of several stands for all), an index or a folder, or a repository of the Hugging Face hub.
+        name: Path of a safetensors file (one of several stands for all), an index or a folder, or a repository of the
+            Hugging Face hub.
         options: See `Options`.
 
     Raises:

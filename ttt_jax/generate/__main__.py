@@ -2,7 +2,8 @@
 
     python -m ttt_jax.generate --checkpoint=DIR --mimi=DIR --input=user.wav --output=moshi.wav --text=moshi.txt
 
-DIRs are what `python -m ttt_jax.convert` writes (`--checkpoint` may also be a run of train.py). The input may be any
+DIRs are what `python -m ttt_jax.convert` writes (`--checkpoint` may also be a run of train.py). `--mimi` may be left
+out where its folder is called mimi and lies in Moshi's or beside it. The input may be any
 wav, flac, ogg, opus or mp3: it is resampled to 24 kHz, two channels are averaged (or one taken, `--channel`), and its
 last frame of 80 ms is filled up with silence. The output has exactly as many frames as the input, of 1920 samples each
 at 24 kHz, 16 bit: `.wav` (RF64 above 4 GB), `.flac` or `.w64`. Memory does not grow with the length, neither does the
@@ -33,7 +34,9 @@ from absl import app, flags, logging
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Moshi: a converted checkpoint or a run of train.py.", required=True
 )
-MIMI = flags.DEFINE_string("mimi", None, "Mimi: a converted checkpoint.", required=True)
+MIMI = flags.DEFINE_string(
+    "mimi", None, "Mimi: a converted checkpoint; by default the folder mimi in or beside Moshi's."
+)
 INPUT = flags.DEFINE_string("input", None, "What the user says, a sound file.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "What Moshi says: .wav, .flac or .w64; not for text models.")
 TEXT = flags.DEFINE_string("text", None, "Its words as plain text.")

@@ -38,7 +38,7 @@ class Options:
 
     Attributes:
         checkpoint: of Moshi, as `ttt_jax.load` reads it.
-        mimi: of Mimi.
+        mimi: of Mimi; None takes the folder mimi in Moshi's, or beside it.
         input: what the user says.
         output: gets what Moshi says; None for models that only write text.
         text: gets the words that it thinks of meanwhile; or None.
@@ -58,7 +58,7 @@ class Options:
     """
 
     checkpoint: pathlib.Path
-    mimi: pathlib.Path
+    mimi: pathlib.Path | None
     input: pathlib.Path
     output: pathlib.Path | None = None
     text: pathlib.Path | None = None
@@ -114,10 +114,11 @@ def run(options: Options) -> Report:
         audio.BadRecordingError: the input is damaged in the middle; nothing is written either.
     """
     _check_files(options)
-    configs = _read_configs(options)
+    mimi = _mimi(options)
+    configs = _read_configs(options, mimi)
     tokenizer = _read_tokenizer(options, configs.moshi)
     conditions = dict(KYUTAIS_CONDITIONS.get(configs.moshi.model_type, {})) | dict(options.conditions)
-    model, codec = load(options.checkpoint)[1], load(options.mimi)[1]
+    model, codec = load(options.checkpoint)[1], load(mimi)[1]
     if options.ttt == "off":
         model = without_ttt(model)
     condition = condition_vector(configs.moshi, model, conditions) if conditions else None
@@ -154,10 +155,24 @@ def _check_files(options: Options) -> None:
         raise ValueError(f"--channel: {options.input} has one channel only, leave the flag out")
 
 
-def _read_configs(options: Options) -> Configs:
+def _mimi(options: Options) -> pathlib.Path:
+    """Where Mimi is."""
+    if options.mimi is not None:
+        return options.mimi
+    places = [options.checkpoint / "mimi", options.checkpoint.absolute().parent / "mimi"]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise ValueError(
+        f"--mimi: expected a converted Mimi, there is none in {' or '.join(map(str, places))}; make one with "
+        "`python -m ttt_jax.convert --source=mimi --input=FILE --output=DIR`"
+    )
+
+
+def _read_configs(options: Options, mimi: pathlib.Path) -> Configs:
     """The models' configs, checked before any weights are read."""
     model = load_config(options.checkpoint, "moshi", "--checkpoint")
-    configs = Configs.of(model, load_config(options.mimi, "mimi", "--mimi"))
+    configs = Configs.of(model, load_config(mimi, "mimi", "--mimi"))
     if options.ttt == "on" and not (model.ttt and model.ttt.layers):
         raise ValueError(
             f"--ttt=on: {options.checkpoint} has no TTT layers. Insert some when converting, with "

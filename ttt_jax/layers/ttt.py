@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.dtypes import at_least_float32
+from ttt_jax.dtypes import at_least_float32, clipped_length, integers
 from ttt_jax.layers.conv import causal_conv
 from ttt_jax.layers.rope import RotaryEmbedding, rotate, rotate_3d
 from ttt_jax.ttt import TTTLinearParams, TTTMLPParams, TTTState, init_state, ttt_linear, ttt_loss, ttt_mlp
@@ -223,11 +223,12 @@ class TTTLayer(nn.Module):
           ValueError: wrong shapes or dtypes, or positions for a layer that counts its own.
         """
         c = self.config
-        length, reset, positions = (None if a is None else jnp.asarray(a) for a in (length, reset, positions))
+        length, reset = (None if a is None else integers(a) for a in (length, reset))
+        positions = None if positions is None else jnp.asarray(positions)
         self._check(x, state, length, reset, positions)
         is_real = None
         if length is not None:
-            length = jnp.clip(length.astype(jnp.int32), 0, x.shape[1])
+            length = clipped_length(length, x.shape[1])
             is_real = (jnp.arange(x.shape[1], dtype=jnp.int32)[None] < length[:, None])[..., None]
             x = jnp.where(is_real, x, jnp.zeros((), x.dtype))
         x = x.astype(self.dtype)
@@ -267,6 +268,18 @@ class TTTLayer(nn.Module):
             raise ValueError(f"x: expected a float dtype, got {x.dtype}.")
         if state is not None and not isinstance(state, TTTLayerState):
             raise ValueError(f"state: expected the TTTLayerState of an earlier call, got {type(state).__name__}.")
+        if state is not None:
+            reach = c.conv_width - 1 if c.shared_qk else 0
+            conv_inputs, position = (x.shape[0], reach, c.width), x.shape[:1]
+            for name, leaf, shape in (
+                ("conv_inputs", state.conv_inputs, conv_inputs),
+                ("position", state.position, position),
+            ):
+                if leaf.shape != shape:
+                    raise ValueError(
+                        f"state.{name}: expected shape {shape}, got {leaf.shape}. Does it belong to another batch size "
+                        "or another layer's config?"
+                    )
         for name, rows, kind in (("length", length, jnp.integer), ("reset", reset, jnp.bool_)):
             if rows is not None and (rows.shape != x.shape[:1] or not jnp.issubdtype(rows.dtype, kind)):
                 expected = f"{kind.__name__} of shape [B] = {x.shape[:1]}"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.dtypes import at_least_float32
+from ttt_jax.dtypes import at_least_float32, clipped_length, integers
 from ttt_jax.layers.attention import segment_attention
 from ttt_jax.layers.norm import LayerNorm
 from ttt_jax.layers.rope import RotaryEmbedding
@@ -114,9 +114,10 @@ class TTTBidirectional(nn.Module):
             ValueError: wrong shapes or dtypes, a causal config, or segments that do not advance.
         """
         c = self.config
-        self._check(x)
-        length = None if length is None else jnp.asarray(length)
+        length = None if length is None else integers(length)
+        self._check(x, length)
         if length is not None:
+            length = clipped_length(length, x.shape[1])
             x = jnp.where(_is_real(x, length), x, jnp.zeros((), x.dtype))
         x = x.astype(self.dtype)
 
@@ -133,13 +134,17 @@ class TTTBidirectional(nn.Module):
         )["audio"]
         return y if length is None else jnp.where(_is_real(y, length), y, jnp.zeros((), y.dtype))
 
-    def _check(self, x):
+    def _check(self, x, length):
         if self.config.causal or self.config.positions != "in_sequence":
             raise ValueError("config: expected a bidirectional TTT layer, TTTConfig.video_dit(...), got a causal one.")
         if self.gate_init == 0:
             raise ValueError("gate_init: expected a number that is not 0: nothing behind the gates would be trained.")
         if not isinstance(x, jax.Array | np.ndarray) or x.ndim != 3 or x.shape[-1] != self.config.width:
             raise ValueError(f"x: expected an array of shape [B, T, width = {self.config.width}], got {_shape(x)}.")
+        if length is not None and (length.shape != x.shape[:1] or not jnp.issubdtype(length.dtype, jnp.integer)):
+            raise ValueError(
+                f"length: expected integers of shape [B] = {x.shape[:1]}, got {length.dtype} of shape {length.shape}."
+            )
 
 
 def _shape(x):
@@ -147,7 +152,7 @@ def _shape(x):
 
 
 def _is_real(x, length):
-    return (jnp.arange(x.shape[1], dtype=length.dtype)[None] < length[:, None])[..., None]
+    return (jnp.arange(x.shape[1], dtype=jnp.int32)[None] < length[:, None])[..., None]
 
 
 def _reversed(x: jax.Array, length: jax.Array | None) -> jax.Array:
@@ -155,6 +160,6 @@ def _reversed(x: jax.Array, length: jax.Array | None) -> jax.Array:
     if length is None:
         return jnp.flip(x, axis=1)
     frame = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    ends = jnp.clip(length, 0, x.shape[1]).astype(jnp.int32)[:, None]
+    ends = length[:, None]
     mirrored = jnp.where(frame < ends, ends - 1 - frame, frame)
     return jnp.take_along_axis(x, mirrored[..., None], axis=1, mode="promise_in_bounds")

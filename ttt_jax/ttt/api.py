@@ -20,7 +20,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ttt_jax import devices
-from ttt_jax.dtypes import at_least_float32
+from ttt_jax.dtypes import at_least_float32, clipped_length, integers
 from ttt_jax.ttt import pallas, reference, scan
 from ttt_jax.ttt.call import Call, fresh_state, select_rows
 from ttt_jax.ttt.types import TTTLinearParams, TTTLosses, TTTMLPParams, TTTParams, TTTState
@@ -189,8 +189,8 @@ def init_state(params: TTTParams, batch_size: int) -> TTTState:
       ValueError: params of another type, or a negative batch size.
     """
     _check_params(params, TTTParams, "init_state")
-    if batch_size < 0:
-        raise ValueError(f"batch_size: expected an int >= 0, got {batch_size}.")
+    if not isinstance(batch_size, int | np.integer) or batch_size < 0:
+        raise ValueError(f"batch_size: expected an int >= 0, got {batch_size!r}.")
     dtype = at_least_float32(params.w1.dtype)
     return fresh_state(jax.tree.map(lambda x: jnp.asarray(x, dtype), params), batch_size)
 
@@ -213,7 +213,7 @@ def _dispatch(
     implementation,
 ) -> Any:
     _check_inputs(params, q, k, v, lr)
-    _check_static(mini_batch_size=mini_batch_size, remat_every=remat_every, eps=eps)
+    _check_static(mini_batch_size=mini_batch_size, causal=causal, remat_every=remat_every, eps=eps)
     _check_rows(q, token_scale, length, reset, mini_batch_size)
     _check_state(params, q.shape[0], mini_batch_size, state)
     call = _prepare(params, q, k, v, lr, mini_batch_size, causal, token_scale, state, length, reset, eps, remat_every)
@@ -249,7 +249,7 @@ def explain(
     """
     _check_params(params, TTTParams, "explain")
     _check_inputs(params, q, k, v, lr)
-    _check_static(mini_batch_size=mini_batch_size, remat_every=1, eps=1e-6)
+    _check_static(mini_batch_size=mini_batch_size, causal=causal, remat_every=1, eps=1e-6)
     _check_state(params, q.shape[0], mini_batch_size, state)
     call = _prepare(params, q, k, v, lr, mini_batch_size, causal, None, state, length, None, 1e-6, 1)
     refusal = pallas.refusal(call)
@@ -283,7 +283,7 @@ def _run(name: str, operation: str, call: Call):
 def _implementations(implementation: Implementation, call: Call) -> tuple[str, ...]:
     if implementation is None:
         return ("pallas", "scan") if pallas.is_default(call) else ("scan",)
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    names = tuple(implementation) if isinstance(implementation, list | tuple) else (implementation,)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:
         raise ValueError(
@@ -305,7 +305,7 @@ def _prepare(params, q, k, v, lr, mini_batch_size, causal, token_scale, state, l
         if reset is not None:
             state = select_rows(jnp.asarray(reset), fresh_state(params, q.shape[0]), state)
     if length is not None:
-        length = jnp.clip(jnp.asarray(length).astype(jnp.int32), 0, q.shape[1])
+        length = clipped_length(length, q.shape[1])
     q, k, v, lr, token_scale = (jnp.asarray(x, dtype) for x in (q, k, v, lr, token_scale))
     return Call(params, q, k, v, lr, token_scale, state, length, causal, eps, remat_every, given)
 
@@ -356,11 +356,12 @@ def _check_inputs(params: TTTParams, q, k, v, lr) -> None:
         _require(jnp.issubdtype(x.dtype, jnp.floating), f"params.{name}", "a float dtype", x.dtype)
 
 
-def _check_static(*, mini_batch_size, remat_every, eps) -> None:
+def _check_static(*, mini_batch_size, causal, remat_every, eps) -> None:
+    _require(isinstance(causal, bool | np.bool_), "causal", "True or False", repr(causal))
     for name, value in (("mini_batch_size", mini_batch_size), ("remat_every", remat_every)):
         ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         _require(ok, name, "an int >= 1", repr(value))
-    ok = isinstance(eps, int | float) and not isinstance(eps, bool) and eps > 0
+    ok = isinstance(eps, int | float | np.number) and not isinstance(eps, bool) and eps > 0
     _require(ok, "eps", "a float > 0", repr(eps))
 
 
@@ -384,7 +385,7 @@ def _check_rows(q, token_scale, length, reset, mini_batch_size: int) -> None:
         )
     for name, x, kind, kind_name in (("length", length, jnp.integer, "an int"), ("reset", reset, jnp.bool_, "bool")):
         if x is not None:
-            x = jnp.asarray(x)
+            x = integers(x)
             _require(x.shape == (batch_size,), name, f"shape [B] = ({batch_size},)", x.shape)
             _require(jnp.issubdtype(x.dtype, kind), name, f"{kind_name} dtype", x.dtype)
 

@@ -66,3 +66,13 @@ def commit_pending(state: TTTState, token_scale: jax.Array) -> TTTState:
     """Apply the open mini-batch's gradient, as at its end."""
     weights = tuple(w - token_scale[-1] * g for w, g in zip(state.weights, state.gradient, strict=True))
     return TTTState(weights, tuple(jnp.zeros_like(w) for w in weights), jnp.zeros_like(state.count))
+
+
+def vary_together(tree, inputs):
+    """Under `shard_map` a scan's carry must vary over the mesh axes that its inputs vary over from the start."""
+
+    def axes(x):
+        return jax.typeof(x).manual_axis_type.varying
+
+    everything = frozenset().union(*(axes(x) for x in jax.tree.leaves(inputs) if isinstance(x, jax.Array)))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(everything - axes(x)), to="varying"), tree)

@@ -6,7 +6,7 @@ Nothing here is hand-derived: gradients come from `jax.grad` of the inner loss.
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.ttt.call import Call, commit_pending, fresh_state
+from ttt_jax.ttt.call import Call, commit_pending, fresh_state, vary_together
 from ttt_jax.ttt.inner import LayerNormParams, layer_norm
 from ttt_jax.ttt.types import TTTState
 
@@ -16,6 +16,8 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
     state = fresh_state(call.params, call.q.shape[0]) if call.state is None else call.state
     if not call.causal:
         state = commit_pending(state, call.token_scale)
+    weights, gradient = vary_together((state.weights, state.gradient), call)
+    count = vary_together(state.count, (state.count, call.is_real))
     q, k, v, lr = (
         jnp.where(call.is_real.reshape(call.is_real.shape + (1,) * (x.ndim - 2)), x, 0)
         for x in (call.q, call.k, call.v, call.lr)
@@ -28,7 +30,7 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
     heads = jax.vmap(one_row_and_head, in_axes=(1, 1, 1, 1, 0, 0, 0, 0, None, None), out_axes=(1, (0, 0, None)))
     rows = jax.vmap(heads, in_axes=(0, 0, 0, 0, None, None, 0, 0, 0, 0))
     ln = call.params.ln_scale, call.params.ln_bias
-    out, state = rows(q, k, v, lr, *ln, state.weights, state.gradient, state.count, call.is_real)
+    out, state = rows(q, k, v, lr, *ln, weights, gradient, count, call.is_real)
     return out, TTTState(*state)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ttt_jax.scan import checkpointed_scan
 from ttt_jax.ttt import inner
-from ttt_jax.ttt.call import Call, commit_pending, fresh_state, select_rows
+from ttt_jax.ttt.call import Call, commit_pending, fresh_state, select_rows, vary_together
 from ttt_jax.ttt.types import TTTLosses, TTTState
 
 
@@ -113,16 +113,6 @@ def _inner_layer_norm(call: Call) -> inner.LayerNormParams:
     return inner.LayerNormParams(scale, bias, call.eps)
 
 
-def _vary_together(tree, call: Call):
-    """Under `shard_map` a scan's carry must vary over the mesh axes that its inputs vary over from the start."""
-
-    def axes(x):
-        return jax.typeof(x).manual_axis_type.varying
-
-    everything = frozenset().union(*(axes(x) for x in jax.tree.leaves(call) if isinstance(x, jax.Array)))
-    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(everything - axes(x)), to="varying"), tree)
-
-
 def _starting_state(call: Call) -> TTTState:
     if call.state is None:
         return fresh_state(call.params, call.q.shape[0])
@@ -139,7 +129,7 @@ def _walk(call: Call, slots: _Slots, state: TTTState, outputs):
         carry, results = _mini_batch(call, carry, x, has_pending=has_pending)
         return carry, outputs(x, *results)
 
-    carry = _vary_together((state.weights, state.gradient), call)
+    carry = vary_together((state.weights, state.gradient), call)
     if call.state is None or not call.causal:
         return checkpointed_scan(partial(step, has_pending=False), carry, slots, call.remat_every)
     carry, first = step(carry, jax.tree.map(lambda x: x[0], slots), has_pending=True)

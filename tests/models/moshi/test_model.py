@@ -14,6 +14,15 @@ from ttt_jax.models.moshi.model import Block
 CLOSE = 2e-5  # float32; the inner loop of TTT divides by standard deviations
 
 
+def test_no_frames_and_no_rows(config, params):
+    apply = functools.partial(Moshi(config).apply, {"params": params})
+    for batch, frames in ((2, 0), (0, 3), (0, 0)):
+        out = apply(jnp.zeros((batch, config.num_streams, frames), jnp.int32))
+        assert out.logits.shape == (batch, config.dep_q, frames, config.card)
+        assert out.text_logits.shape == (batch, 1, frames, config.text_card)
+        assert out.mask.shape == out.logits.shape[:3]
+
+
 def test_causality_by_jacobian(config, params):
     """Every frame has its own token in each stream, so a row of an embedding is a frame; zeros are exact."""
     frames = 11

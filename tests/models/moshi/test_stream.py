@@ -155,6 +155,16 @@ def test_bad_input_names_the_argument(config, params, user):
         stream_step(config, params, stream, first, temperature=-1.0)
     with pytest.raises(ValueError, match="active must be bool"):
         stream_step(config, params, stream, first, active=jnp.ones(2))
+    with pytest.raises(ValueError, match=r"temperature_text must be >= 0 .0 is greedy., got nan"):
+        stream_step(config, params, stream, first, temperature_text=float("nan"))
+    with pytest.raises(ValueError, match=r"rng must be a jax.random.key of this step, got 0"):
+        stream_step(config, params, stream, first, rng=0, temperature=1.0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"stream must be what init_stream .* returned, got NoneType"):
+        stream_step(config, params, None, first)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r'params: expected Moshi.s parameter tree, .*; pass variables\["params"\]'):
+        init_stream(config, {"params": params}, 2)
+    with pytest.raises(ValueError, match="batch_size: expected an int >= 0, got -1"):
+        init_stream(config, params, -1)
 
 
 def test_tokens_outside_their_cardinality_are_refused(config, params, user):

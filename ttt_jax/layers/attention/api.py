@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax.dtypes import clipped_length, integers
 from ttt_jax.layers.attention import flash
 from ttt_jax.layers.attention.bidirectional import attend_bidirectional
 from ttt_jax.layers.attention.cache import AttentionCache, Sinks, init_attention_cache, push_recent, push_sinks
@@ -107,6 +108,8 @@ def segment_attention(
         ValueError: shapes, dtypes or static values that do not fit. NotImplementedError: cuDNN was asked for and does
             not support the call.
     """
+    if not isinstance(causal, bool | np.bool_):
+        raise ValueError(f"causal must be True or False, got {causal!r}")
     overlap, sinks = _checked("overlap", overlap, 0), _checked("sinks", sinks, 0)
     context = Context("segment", _checked("segment", segment, 1), overlap, sinks)
     if causal:
@@ -117,6 +120,7 @@ def segment_attention(
 
 def _causal(name: str, context: Context, q, k, v, rope, cache, length, reset, implementation):
     length, reset = _check_arrays(q, k, v, length, reset)
+    _check_rope(rope, q)
     batch, frames, heads, head_dim = q.shape
     if cache is not None:
         _check_cache(name, context, (batch, heads, head_dim), cache)
@@ -141,6 +145,7 @@ def _causal(name: str, context: Context, q, k, v, rope, cache, length, reset, im
 def _bidirectional(context: Context, q, k, v, rope, cache, length, reset, implementation):
     _check_bidirectional(context, cache)
     length, _ = _check_arrays(q, k, v, length, reset)
+    _check_rope(rope, q)
     use_flash = flash.choose(implementation, flash.bidirectional_refusal(context.size, q, rope))
     batch, frames = q.shape[:2]
     if frames == 0:
@@ -199,11 +204,18 @@ def _check_arrays(q, k, v, length, reset):
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q must be floating, got {q.dtype}")
     batch, frames = q.shape[:2]
-    length, reset = (None if x is None else jnp.asarray(x) for x in (length, reset))
+    length, reset = (None if x is None else integers(x) for x in (length, reset))
     for argument, x, kind in (("length", length, jnp.integer), ("reset", reset, jnp.bool_)):
         if x is not None and (x.shape != (batch,) or not jnp.issubdtype(x.dtype, kind)):
             raise ValueError(f"{argument} must be {kind.__name__} of shape ({batch},), got {x.dtype}{list(x.shape)}")
-    return None if length is None else jnp.clip(length, 0, frames).astype(jnp.int32), reset
+    return None if length is None else clipped_length(length, frames), reset
+
+
+def _check_rope(rope, q):
+    if rope is not None and not isinstance(rope, RotaryEmbedding):
+        raise ValueError(f"rope must be a RotaryEmbedding or None, got {rope!r}; was RotaryEmbedding(theta=...) meant?")
+    if rope is not None and q.shape[-1] % 2:
+        raise ValueError(f"q must have an even head dim to be rotated in pairs, got shape {q.shape}; or leave rope out")
 
 
 def _check_cache(name: str, context: Context, sizes: tuple[int, int, int], cache):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from ttt_jax.dtypes import at_least_float32
@@ -63,7 +64,16 @@ def ttt_config(config: MoshiConfig) -> TTTConfig:
 
 
 def init_state(config: MoshiConfig, params, batch_size: int) -> tuple[LayerState, ...]:
-    """The state of `batch_size` fresh rows, for `Moshi.temporal`; `params` is Moshi's parameter tree."""
+    """The state of `batch_size` fresh rows, for `Moshi.temporal`; `params` is Moshi's parameter tree.
+
+    Raises:
+        ValueError: another tree, or a negative batch size.
+    """
+    if "layers_0" not in params:
+        hint = '; pass variables["params"]' if "params" in params else ""
+        raise ValueError(f"params: expected Moshi's parameter tree, got one of {sorted(params)}{hint}.")
+    if not isinstance(batch_size, int | np.integer) or batch_size < 0:
+        raise ValueError(f"batch_size: expected an int >= 0, got {batch_size!r}.")
     states = []
     for i in range(config.num_layers):
         attention, dtype = config.layer_attention(i), jnp.dtype(config.dtype)
@@ -303,6 +313,8 @@ class Moshi(nn.Module):
         hidden = self.depformer.hidden(z.reshape(batch * frames, c.dim), tokens)
         if delays is not None:
             # Before the last product, which has no bias and maps zeros to zeros: the logits are many times wider.
-            hidden = undelay(hidden.reshape(c.dep_q, batch, frames, -1), delays, axis=2).reshape(hidden.shape)
+            hidden = undelay(hidden.reshape(c.dep_q, batch, frames, c.depformer_dim), delays, axis=2).reshape(
+                hidden.shape
+            )
         logits = self.depformer.logits(hidden).reshape(c.dep_q, batch, frames, c.card)
         return jnp.moveaxis(logits, 0, 1)

@@ -39,8 +39,9 @@ class Sampling(NamedTuple):
 
 def init_stream(config: MoshiConfig, params, batch_size: int) -> Stream:
     """`batch_size` conversations before their first frame."""
+    layers = init_state(config, params, batch_size)
     tokens = jnp.full((batch_size, config.num_streams, config.max_delay + 2), UNGENERATED_TOKEN, jnp.int32)
-    return Stream(init_state(config, params, batch_size), tokens, jnp.zeros(batch_size, jnp.int32))
+    return Stream(layers, tokens, jnp.zeros(batch_size, jnp.int32))
 
 
 def stream_step(
@@ -283,6 +284,8 @@ def _given_streams(config: MoshiConfig, user_codes) -> int:
 
 
 def _check_step(config, stream, user_codes, rng, sampling: Sampling, active, reset, forced):
+    if not isinstance(stream, Stream):
+        raise ValueError(f"stream must be what init_stream or the step before returned, got {type(stream).__name__}")
     batch = stream.position.shape[0]
     for name, x, shape in (
         ("user_codes", user_codes, (batch, _given_streams(config, user_codes))),
@@ -301,10 +304,12 @@ def _check_step(config, stream, user_codes, rng, sampling: Sampling, active, res
     if forced is not None:
         _check_range("forced", forced, _forced_ranges(config), 0)
     for name in ("temperature", "temperature_text", "top_k", "top_k_text"):
-        if getattr(sampling, name) < 0:
+        if not getattr(sampling, name) >= 0:
             raise ValueError(
                 f"{name} must be >= 0 (0 is {'greedy' if 'temp' in name else 'all tokens'}), got "
                 f"{getattr(sampling, name)}"
             )
     if rng is None and (sampling.temperature or sampling.temperature_text):
         raise ValueError("rng is needed to sample at a temperature above 0; pass a jax.random.key of this step")
+    if rng is not None and not isinstance(rng, jax.Array | np.ndarray):
+        raise ValueError(f"rng must be a jax.random.key of this step, got {rng!r}")

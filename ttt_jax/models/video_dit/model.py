@@ -254,11 +254,13 @@ def _patches(video: jax.Array, size: int) -> jax.Array:
     """`[B, F, C, h * size, w * size]` to `[B, F, h, w, C * size * size]`."""
     batch, frames, channels, height, width = video.shape
     x = video.reshape(batch, frames, channels, height // size, size, width // size, size)
-    return x.transpose(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, height // size, width // size, -1)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6)
+    return x.reshape(batch, frames, height // size, width // size, channels * size * size)
 
 
 def _video(patches: jax.Array, size: int) -> jax.Array:
     """The opposite of `_patches`."""
-    batch, frames, height, width = patches.shape[:4]
-    x = patches.reshape(batch, frames, height, width, -1, size, size).transpose(0, 1, 4, 2, 5, 3, 6)
-    return x.reshape(batch, frames, -1, height * size, width * size)
+    batch, frames, height, width, features = patches.shape
+    channels = features // size**2
+    x = patches.reshape(batch, frames, height, width, channels, size, size).transpose(0, 1, 4, 2, 5, 3, 6)
+    return x.reshape(batch, frames, channels, height * size, width * size)
