@@ -1,5 +1,7 @@
 """Which precision a computation runs in."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,6 @@ def clipped_length(length, num_tokens: int) -> jax.Array:
     return jnp.clip(length, 0, min(num_tokens, jnp.iinfo(length.dtype).max)).astype(jnp.int32)
 
 
-def integers(x) -> jax.Array | np.ndarray:
+def integers(x) -> Any:
     """A list as an array, and arrays as they are: JAX's own would lose what does not fit its default integers."""
     return x if isinstance(x, jax.Array) else np.asarray(x)

@@ -54,6 +54,11 @@ def test_rows_become_a_dataset(folder):
         ('{"vid_emb": "no.safetensors", "text_chunk_emb": ["t0a.safetensors"]}', r"no\.safetensors does not exist"),
         ('{"vid_emb": "v0.safetensors"}', r'rows\.jsonl:1: expected \{"vid_emb": FILE, "text_chunk_emb": \[FILE'),
         ("oops", r"rows\.jsonl:1: expected"),
+        (
+            '\n{"vid_emb": "v0.safetensors", "text_chunk_emb": ["t0a.safetensors"]}\n\n'
+            '{"vid_emb": "t0a.safetensors", "text_chunk_emb": ["t0a.safetensors"]}',
+            r"rows\.jsonl:4: expected a tensor of shape",
+        ),
         ('{"vid_emb": "t0a.safetensors", "text_chunk_emb": ["t0a.safetensors"]}', r"got shapes \(5, 7\) and"),
     ],
 )

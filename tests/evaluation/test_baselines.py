@@ -1,5 +1,8 @@
+import dataclasses
+
 import numpy as np
 
+from ttt_jax.evaluation import baselines
 from ttt_jax.evaluation.baselines import PRIOR_STRENGTHS, empirical_entropy, fit_tables
 
 
@@ -33,6 +36,20 @@ def test_a_bigram_finds_what_follows_and_validation_sets_its_smoothing():
     assert table.unigram_nll(cycle).min() > 1.7
     noise = np.random.default_rng(0).integers(0, 6, 300)
     assert fit([cycle], card=6, validation=[noise]).prior_strength == max(PRIOR_STRENGTHS)
+
+
+def test_tables_do_not_depend_on_how_many_pairs_are_counted_at_a_time(monkeypatch):
+    rng = np.random.default_rng(0)
+    recordings = [rng.integers(-1, 9, size) for size in (0, 1, 50, 200, 3, 120)]
+    whole = fit(recordings, card=9)
+    monkeypatch.setattr(baselines, "_FEW", 10)
+    for name, value in dataclasses.asdict(fit(recordings, card=9)).items():
+        np.testing.assert_array_equal(value, getattr(whole, name), err_msg=name)
+    numbers = np.concatenate([r[:-1] * 9 + r[1:] for r in recordings if len(r)])
+    numbers = numbers[np.concatenate([(r[:-1] >= 0) & (r[1:] >= 0) for r in recordings if len(r)])]
+    pairs, counts = np.unique(numbers, return_counts=True)
+    np.testing.assert_array_equal(whole.pairs, pairs)
+    np.testing.assert_array_equal(whole.pair_counts, counts)
 
 
 def test_streams_have_tables_of_their_own_and_may_be_missing():

@@ -101,6 +101,6 @@ def test_what_does_not_belong_together_is_refused(runs):
     with pytest.raises(ValueError, match=re.escape("expected gap_edges_windows [0, 1, 4] as in")):
         compare({"a": [runs / "a0"], "c": [runs / "c0"]})
     assert parse_groups(["with TTT=a,b", "x=c"]).keys() == {"with TTT", "x"}
-    for wrong in (["a"], ["a="], ["=b"], ["a=b", "a=c"]):
+    for wrong in (["a"], ["a="], ["a=,"], ["=b"], ["a=b", "a=c"]):
         with pytest.raises(ValueError, match="--group: expected NAME=RUN"):
             parse_groups(wrong)

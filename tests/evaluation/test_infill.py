@@ -94,9 +94,10 @@ def test_runs_are_compared_over_their_seeds(result, tmp_path):
     # sqrt(0.02 / 2) is the standard error.
     assert "with against without, all masked tokens: -0.4000 nats (standard error 0.1000)." in summary(compared)
     assert "1.28" not in as_text(infill_sections(result))
-    other = json.loads((tmp_path / "b1" / "infill.json").read_text()) | {"num_frames": 1}
-    (tmp_path / "b1" / "infill.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match=r"a0 and .*b1 differ in num_frames; evaluate all runs with the same"):
-        compare_infill(groups)
+    same = json.loads((tmp_path / "b1" / "infill.json").read_text())
+    for name in ("num_frames", "segment"):
+        (tmp_path / "b1" / "infill.json").write_text(json.dumps(same | {name: 1}))
+        with pytest.raises(ValueError, match=rf"a0 and .*b1 differ in {name}; evaluate all runs with the same"):
+            compare_infill(groups)
     with pytest.raises(FileNotFoundError, match=r"run `python eval.py --workdir=.*c --benchmark=infill`"):
         compare_infill({"with": [tmp_path / "c"]})

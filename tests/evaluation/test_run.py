@@ -190,6 +190,7 @@ def test_the_plot_of_training_has_no_empty_panel(tmp_path, metrics, labels, diag
         lines.append({"step": 1, "diagnostics": {"layers_0/ttt/gate_size": 0.1}})
         labels = [*labels, ("", ["gate size"])]
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    torn = '{"step": 2, "tra'  # the run is going on
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     panels = plots.training_figure(path).axes
     assert [(axes.get_ylabel(), axes.get_legend_handles_labels()[1]) for axes in panels] == labels

@@ -15,7 +15,7 @@ from ttt_jax.data.chunks import Walks
 from ttt_jax.models import moshi
 from ttt_jax.training.config import ExperimentConfig, MeshConfig, Stage
 from ttt_jax.training.next_token import training_chunks
-from ttt_jax.training.step import init_state, train_step
+from ttt_jax.training.step import diagnostics, init_state, train_step
 
 DELAYS, INITIAL = (0, 0, 1, 0, 1), (20,) * 5
 CODES = np.random.default_rng(0).integers(0, 20, (4, 5, 22)).astype(np.int32)
@@ -125,6 +125,18 @@ def test_gradients_flow_through_the_chunks_of_an_update():
     assert_close(got.carry, want.carry)
     # Adam's first step has the gradient's sign: where that is rounding, so is the step.
     assert_close(got.optimizer, want.optimizer, rtol=1e-4, atol=1e-6)
+
+
+def test_diagnostics_read_no_more_at_one_time_than_an_update():
+    """The first chunk of the first group of rows."""
+    config = make(num_frames=6, batch_size=4, gradient_chunks=3, accumulate=2)
+    state, chunk = start(config), walk(config, list(CODES))[0]
+    small = make(num_frames=6, batch_size=2)
+    first = jax.tree.map(lambda x: x[::2], chunk)
+    first = first._replace(tokens=first.tokens[:, :, :7], length=np.minimum(first.length, 6))
+    got = diagnostics(config, state.params, chunk, state.carry)
+    assert any(name.endswith("inner_loss_after") for name in got)
+    assert_close(got, diagnostics(small, state.params, first, jax.tree.map(lambda x: x[::2], state.carry)))
 
 
 def test_accumulated_groups_of_rows_are_one_update():

@@ -137,6 +137,11 @@ def test_what_does_not_fit_is_listed(plain, tmp_path):
     for field, value in {"num_heads": 1, "delays": (0, 0, 0), "max_period": 5e3, "depformer_num_heads": 1}.items():
         with pytest.raises(ValueError, match=rf"is another model\. {field}: there .*, config\.model says"):
             check_init_from(make(directory, **{field: value}))
+    with pytest.raises(
+        ValueError, match=r"another model\. the TTT layers' base_lr: there 1\.0, config\.model says 0\.01"
+    ):
+        check_init_from(make(tmp_path / "ttt", ttt={"layers": (0,), "mini_batch_size": 4, "base_lr": 0.01}))
+    check_init_from(make(tmp_path / "ttt", ttt={"layers": (0,), "mini_batch_size": 4, "base_lr": 1.0}))
     check_init_from(make(directory, context=2, attention="segment"))
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         check_init_from(make(tmp_path / "nowhere"))

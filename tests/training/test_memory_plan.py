@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from ttt_jax.config import from_mapping
+from ttt_jax.data.reader import open_dataset
 from ttt_jax.training import ExperimentConfig, memory_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -66,6 +67,13 @@ def test_parts_of_a_program_add_up_and_hold_the_state_once(eight):
     assert program["arguments"] == inputs + 4 + chunk
     assert 0 < program["outputs_beside_arguments"] < 1000  # metrics and their places: the state's are those of the old
     assert program["temporaries"] > 0
+
+
+def test_every_objective_gets_its_vocabularies_from_the_dataset(dataset):
+    card = open_dataset(dataset, "train").info.card
+    for objective in ("next_token", "infill"):
+        mapping = {"objective": objective, "data": {"directory": str(dataset)}, "model": None}
+        assert memory_plan.read_config(mapping).model.card == card
 
 
 def test_a_batch_that_does_not_fit_the_mesh_is_told():

@@ -179,4 +179,6 @@ def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
 if __name__ == "__main__":
     from ttt_jax.data import conversations  # under its own name, so that other processes can unpickle its classes
 
-    app.run(functools.partial(conversations.main, conversations.define_flags()))
+    holders = conversations.define_flags()
+    flags.adopt_module_key_flags(conversations)  # for --help
+    app.run(functools.partial(conversations.main, holders))

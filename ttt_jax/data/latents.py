@@ -75,26 +75,27 @@ def make(
         ValueError: a line that is no row, a tensor of another shape than the first row's, or numbers beyond float16.
     """
     rows = pathlib.Path(rows)
-    lines = [_row(line, f"{rows}:{i + 1}") for i, line in enumerate(rows.read_text().splitlines()) if line.strip()]
+    numbered = {str(i): line for i, line in enumerate(rows.read_text().splitlines(), 1) if line.strip()}
+    lines = {number: _row(line, f"{rows}:{number}") for number, line in numbered.items()}
     if not lines:
         raise ValueError(f"{rows}: expected at least one row, got none")
-    video, text = _embeddings(rows.parent, lines[0])
+    video, text = _embeddings(rows.parent, next(iter(lines.values())))
     if video.ndim != 4 or video.shape[1] % 2 or text.ndim != 3:
         raise ValueError(
-            f"{rows}:1: expected vid_emb [frames, 2 C, h, w] and each text_chunk_emb [L, width], got shapes "
-            f"{video.shape} and, stacked, {text.shape}"
+            f"{rows}:{next(iter(lines))}: expected vid_emb [frames, 2 C, h, w] and each text_chunk_emb [L, width], "
+            f"got shapes {video.shape} and, stacked, {text.shape}"
         )
     frames, channels, height, width = video.shape
     info = videos.VideoInfo(frames, channels // 2, height, width, *text.shape, has_moments=True, scale=scale)
-    numbers = [str(i) for i in range(len(lines))]
+    numbers = list(lines)
     validation = numbers[held_out - 1 :: held_out]
     records = {"train": [n for n in numbers if n not in set(validation)], "validation": validation}
 
     def example(name: str) -> dict[str, Any]:
-        where = f"{rows}:{int(name) + 1}"
-        video, text = _embeddings(rows.parent, lines[int(name)])
+        where, row = f"{rows}:{name}", lines[name]
+        video, text = _embeddings(rows.parent, row)
         narrow = {"video": _narrow(video, info.record_shape, where), "text": _narrow(text, info.text_shape, where)}
-        return {"id": lines[int(name)]["vid_emb"], **narrow, "captions": json.dumps([])}
+        return {"id": row["vid_emb"], **narrow, "captions": json.dumps([])}
 
     videos.write(output, info, read_tensor(pathlib.Path(empty_text)), records, example)
 

@@ -241,4 +241,6 @@ def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
 if __name__ == "__main__":
     from ttt_jax.data import prepare  # under its own name, so that other processes can unpickle its classes
 
-    app.run(functools.partial(prepare.main, prepare.define_flags()))
+    holders = prepare.define_flags()
+    flags.adopt_module_key_flags(prepare)  # for --help
+    app.run(functools.partial(prepare.main, holders))

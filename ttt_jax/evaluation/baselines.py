@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 PRIOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+_FEW = 100_000  # pairs that are not worth sorting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +69,25 @@ class _Counter:
         self.counts = np.ones(card)
         self.pairs = np.zeros(0, np.int64)
         self.pair_counts = np.zeros(0)
+        self.waiting: list[np.ndarray] = []
 
     def add(self, tokens: np.ndarray) -> None:
         self.counts += np.bincount(tokens[tokens >= 0], minlength=self.card)
         before, now = _neighbours(tokens)
-        numbers = np.concatenate([self.pairs, before * self.card + now])
-        weights = np.concatenate([self.pair_counts, np.ones(len(now))])
-        self.pairs, where = np.unique(numbers, return_inverse=True)
+        self.waiting.append(before * self.card + now)
+        # As many as there are pairs, so that each is sorted a few times, however many recordings there are.
+        if sum(map(len, self.waiting)) > max(len(self.pairs), _FEW):
+            self._sort()
+
+    def _sort(self) -> None:
+        new = np.concatenate([np.zeros(0, np.int64), *self.waiting])
+        weights = np.concatenate([self.pair_counts, np.ones(len(new))])
+        self.pairs, where = np.unique(np.concatenate([self.pairs, new]), return_inverse=True)
         self.pair_counts = np.bincount(where, weights, minlength=len(self.pairs))
+        self.waiting = []
 
     def table(self) -> StreamTable:
+        self._sort()
         totals = np.bincount(self.pairs // self.card, self.pair_counts, minlength=self.card)
         return StreamTable(self.counts / self.counts.sum(), totals, self.pairs, self.pair_counts)
 

@@ -143,21 +143,21 @@ def _recall_curve(group: str, results, modality: str, measure: str) -> Curve:
     curves = [_only(r["curves"], memory="carried", modality=modality, group="all") for r in results]
     buckets = zip(*([bucket[measure] for bucket in curve["by_gap"]] for curve in curves), strict=True)
     beyond = [curve["beyond_window"][measure] for curve in curves]
-    return Curve(group, f"{modality} {measure}", [_spread(bucket) for bucket in buckets], _spread(beyond))
+    return Curve(group, f"{modality} {measure}", [spread(bucket) for bucket in buckets], spread(beyond))
 
 
 def _nll_curve(group: str, results, streams: str) -> Curve:
     curves = [_only(r["curves"], memory="carried", streams=streams, frames="all") for r in results]
     buckets = zip(*(curve["buckets"] for curve in curves), strict=True)
     beyond = [curve["beyond_context"] for curve in curves]
-    return Curve(group, f"{streams} NLL", [_spread(bucket) for bucket in buckets], _spread(beyond))
+    return Curve(group, f"{streams} NLL", [spread(bucket) for bucket in buckets], spread(beyond))
 
 
 def _only(curves, **wanted):
     return next(curve for curve in curves if all(curve[key] == value for key, value in wanted.items()))
 
 
-def _spread(estimates: Iterable[dict[str, Any]]) -> Spread:
+def spread(estimates: Iterable[dict[str, Any]]) -> Spread:
     """Over runs, of estimates as eval.py writes them: null where there is no number."""
     values = [math.nan if e["mean"] is None else e["mean"] for e in estimates]
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
@@ -278,9 +278,10 @@ def parse_groups(texts: Sequence[str]) -> dict[str, list[pathlib.Path]]:
     groups: dict[str, list[pathlib.Path]] = {}
     for text in texts:
         name, equals, runs = text.partition("=")
-        if not (name and equals and runs) or name in groups:
+        found = [pathlib.Path(run) for run in runs.split(",") if run]
+        if not (name and equals and found) or name in groups:
             raise ValueError(f"--group: expected NAME=RUN,RUN,... with a name of its own, got {text!r}.")
-        groups[name] = [pathlib.Path(run) for run in runs.split(",") if run]
+        groups[name] = found
     return groups
 
 

@@ -9,19 +9,18 @@ Differences are against the last group.
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 from typing import Any
 
-import numpy as np
-from absl import app
+from absl import app, flags
 
-from ttt_jax.evaluation.compare import Spread, define_flags, difference, main
+from ttt_jax.evaluation import compare
+from ttt_jax.evaluation.compare import Spread, define_flags, difference, main, spread
 from ttt_jax.evaluation.report import text_table
 from ttt_jax.evaluation.results import write_result
 
 MEASURES = {"model": "all masked tokens", "seen": "segment partly visible", "unseen": "segment masked as a whole"}
-SAME = ("split", "num_recordings", "num_frames", "spans")
+SAME = ("split", "num_recordings", "num_frames", "spans", "segment")
 """What runs must agree on to be compared."""
 
 
@@ -54,10 +53,10 @@ def compare_infill(groups: dict[str, list[pathlib.Path]]) -> InfillComparison:
         if differing:
             raise ValueError(
                 f"--group: {first[0]} and {run} differ in {', '.join(differing)}; evaluate all runs with the same "
-                "--split and --max_recordings, on the same dataset."
+                "--split and --max_recordings, on the same dataset, and only models of the same model.segment."
             )
     nll = {
-        name: {measure: _spread([results[run][measure]["mean"] for run in runs]) for measure in MEASURES}
+        name: {measure: spread(results[run][measure] for run in runs) for measure in MEASURES}
         for name, runs in groups.items()
     }
     table = first[1]
@@ -72,12 +71,6 @@ def _read(run: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run `python eval.py --workdir={run} --benchmark=infill`.")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _spread(values: list[float | None]) -> Spread:
-    numbers = [math.nan if value is None else value for value in values]
-    deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else math.nan
-    return Spread(float(np.mean(numbers)), deviation, numbers)
 
 
 def summary(result: InfillComparison) -> str:
@@ -112,4 +105,6 @@ def make(groups: dict[str, list[pathlib.Path]], output: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(functools.partial(main, make, define_flags()))
+    holders = define_flags()
+    flags.adopt_module_key_flags(compare)  # for --help
+    app.run(functools.partial(main, make, holders))

@@ -110,11 +110,11 @@ def nll_by_position(
       ValueError: the dataset's streams are not the model's.
     """
     check_streams(config, dataset.info)
-    context = max(config.layer_attention(i)[1] for i in range(config.num_layers))
+    context = config.longest_context
     segment = context if segment_frames is None else segment_frames
     recordings = Codes(dataset)
     lengths = dataset.num_frames
-    memories = MEMORIES if config.ttt is not None and config.ttt.layers else MEMORIES[:1]
+    memories = MEMORIES if config.ttt_layers else MEMORIES[:1]
     with tqdm(total=int(lengths.sum()) * len(memories), unit="frame", desc="scoring") as bar:
         scores = {
             memory: score_recordings(

@@ -1,6 +1,5 @@
 """Plots of a run: what people look at first."""
 
-import json
 import pathlib
 from collections.abc import Iterable
 
@@ -13,6 +12,7 @@ from ttt_jax.evaluation import recall
 from ttt_jax.evaluation.block_speed import LOCAL, BlockSpeed
 from ttt_jax.evaluation.nll_by_position import Curve, NLLByPosition
 from ttt_jax.evaluation.speed import FULL, WINDOW, Speed, Throughput
+from ttt_jax.training.metrics import read_metrics
 
 LABELS = {
     "carried": "TTT, state carried",
@@ -242,7 +242,7 @@ def training_figure(metrics: pathlib.Path) -> Figure | None:
     """Losses and TTT diagnostics over the updates in a metrics.jsonl; None without it."""
     if not metrics.is_file():
         return None
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(metrics)
     diagnostics = _diagnostics(lines)
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     panels = figure.subplots(1, 2 if diagnostics else 1, squeeze=False)[0]

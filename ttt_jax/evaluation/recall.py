@@ -136,10 +136,10 @@ def recall(
     check_streams(config, dataset.info, "dataset")
     if baseline is not None:
         check_streams(baseline[0], dataset.info, "dataset (for the baseline)")
-    window = max(config.layer_attention(i)[1] for i in range(config.num_layers))
+    window = config.longest_context
     segment = window if segment_frames is None else segment_frames
     answers, notes = _answers(dataset, tokenizer)
-    models = {memory: (config, params, memory) for memory in (MEMORIES if _has_ttt(config) else MEMORIES[:1])}
+    models = {memory: (config, params, memory) for memory in (MEMORIES if config.ttt_layers else MEMORIES[:1])}
     if baseline is not None:
         models[BASELINE] = (*baseline, "carried")
         notes += _unequal_sizes(params, baseline[1])
@@ -182,10 +182,6 @@ def recall(
 def num_parameters(params: Any) -> int:
     """Numbers in a parameter tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _has_ttt(config: MoshiConfig) -> bool:
-    return config.ttt is not None and bool(config.ttt.layers)
 
 
 def _unequal_sizes(params, baseline) -> list[str]:

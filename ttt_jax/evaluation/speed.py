@@ -150,7 +150,7 @@ def speed(config: MoshiConfig, params: Any, *, max_frames: int = 100_000, frame_
         dtype=config.dtype,
         num_heads=config.num_heads,
         head_dim=config.dim // config.num_heads,
-        window_frames=_window(config),
+        window_frames=config.longest_context,
         mini_batch_size=_mini_batch_size(config),
         frame_rate_hz=frame_rate_hz,
         stream=stream,
@@ -266,7 +266,7 @@ def _operations(config: MoshiConfig, length: int) -> dict[str, tuple[Callable, t
     return {
         "TTT-Linear": (lambda *a: ttt.ttt_linear(*a, **mini_batch)[0], (linear, q, k, v, lr)),
         "TTT-MLP": (lambda *a: ttt.ttt_mlp(*a, **mini_batch)[0], (mlp, q, k, v, lr)),
-        WINDOW: (lambda *a: window_attention(*a, window=_window(config), rope=rope)[0], (q, k, v)),
+        WINDOW: (lambda *a: window_attention(*a, window=config.longest_context, rope=rope)[0], (q, k, v)),
         FULL: (lambda *a: jax.nn.dot_product_attention(*a, is_causal=True), (q, k, v)),
     }
 
@@ -297,7 +297,7 @@ def step_speeds(config: MoshiConfig, params: Any, lengths: Sequence[int]) -> lis
 
 def _variants(config: MoshiConfig, length: int) -> Iterator[tuple[str, MoshiConfig]]:
     """The model as it is, and without TTT (whose parameters are then not read)."""
-    if config.ttt is not None and config.ttt.layers:
+    if config.ttt is not None and config.ttt_layers:
         yield f"TTT-{'MLP' if config.ttt.kind == 'mlp' else 'Linear'} and window", config
     without = dataclasses.replace(config, ttt=None)
     yield WINDOW, without
@@ -372,10 +372,6 @@ def crossing(
     )
     length = short * (long / short) ** (above / (above - below))
     return length, f"{better} from {length:.{decimals}f} {unit} on"
-
-
-def _window(config: MoshiConfig) -> int:
-    return max(config.layer_attention(i)[1] for i in range(config.num_layers))
 
 
 def _mini_batch_size(config: MoshiConfig) -> int:

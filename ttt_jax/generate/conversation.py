@@ -201,7 +201,8 @@ def generate(
     reset = _by_frame("reset", reset, rows, num_frames, default=False)
     options: dict[str, Any] = {"sampling": sampling, "condition": condition}
     conversation = init_conversation(configs, params, rows, seed)
-    sounds, texts, waiting, never = [], [], np.ones(rows, bool), np.zeros(rows, bool)
+    said: list[tuple[Any, Any]] = []
+    waiting, never = np.ones(rows, bool), np.zeros(rows, bool)
     for frame, moves, restarts in zip(frames, active.T, reset.T, strict=True):
         waiting = waiting | restarts
         start, waiting = waiting & moves, waiting & ~moves
@@ -210,10 +211,12 @@ def generate(
         sound, tokens, conversation = advance(
             configs, params, conversation, frame, active=moves, reset=never, **options
         )
-        sounds.append(sound)
-        texts.append(tokens[:, 0])
-    whole = np.concatenate([np.zeros((rows, 1, 0), np.float32), *jax.device_get(sounds)], axis=2)
-    text = np.stack(jax.device_get(texts), axis=1) if texts else np.zeros((rows, 0), np.int32)
+        said.append((sound, tokens[:, 0]))
+        if len(said) > 1:  # while the device works on this frame, fetch the one before
+            said[-2] = jax.device_get(said[-2])
+    sounds, texts = zip(*jax.device_get(said), strict=True) if said else ((), ())
+    whole = np.concatenate([np.zeros((rows, 1, 0), np.float32), *sounds], axis=2)
+    text = np.stack(texts, axis=1) if texts else np.zeros((rows, 0), np.int32)
     return (whole[:, 0] if np.ndim(wav) == 2 else whole), text
 
 

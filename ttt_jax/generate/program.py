@@ -173,7 +173,7 @@ def _read_configs(options: Options, mimi: pathlib.Path) -> Configs:
     """The models' configs, checked before any weights are read."""
     model = load_config(options.checkpoint, "moshi", "--checkpoint")
     configs = Configs.of(model, load_config(mimi, "mimi", "--mimi"))
-    if options.ttt == "on" and not (model.ttt and model.ttt.layers):
+    if options.ttt == "on" and not model.ttt_layers:
         raise ValueError(
             f"--ttt=on: {options.checkpoint} has no TTT layers. Insert some when converting, with "
             "`python -m ttt_jax.convert --source=moshi --ttt=CONFIG`, or when training, with model.ttt and init_from"

@@ -9,6 +9,7 @@ them, that is without the dataset's `scale`. Exit codes: 0 done, 1 an error.
 
 import dataclasses
 import functools
+import io
 import pathlib
 import sys
 from typing import Any
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from ttt_jax.checkpoint import load
 from ttt_jax.data.videos import Video, VideoDataset, open_videos
+from ttt_jax.files import write_atomically
 from ttt_jax.models.video_dit import VideoDiT, VideoDiTConfig, diffusion, sampler
 
 ZOOM, MARGIN, LINE = 10, 8, 14
@@ -92,19 +94,13 @@ def write_gif(path: pathlib.Path, samples: np.ndarray, videos: list[Video], scen
         samples: float [B, frames, 3, h, w], RGB in [-1, 1].
         videos: Those whose texts they were made for.
         scene_frames: Frames by which one scene starts after the other.
-
-    Raises:
-        ValueError: The latents are no RGB pixels.
     """
-    if samples.shape[2] != 3:
-        raise ValueError(
-            f"output: latents of {samples.shape[2]} channels are no pixels, so there is no GIF of them; write them to "
-            "a .npy file and decode that with the VAE they belong to"
-        )
     rows = [np.asarray(samples), np.stack([video.video for video in videos]).astype(np.float32)]
     pictures = [_picture(rows, videos, frame, scene_frames) for frame in range(samples.shape[1])]
     durations = [FRAME_MILLISECONDS] * (len(pictures) - 1) + [LAST_MILLISECONDS]
-    pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    content = io.BytesIO()
+    pictures[0].save(content, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    write_atomically(path, content.getvalue())
 
 
 def _picture(rows: list[np.ndarray], videos: list[Video], frame: int, scene_frames: int) -> Image.Image:
@@ -144,6 +140,11 @@ def run(
     path = pathlib.Path(output)
     if path.suffix not in (".gif", ".npy"):
         raise ValueError(f"output: expected a name that ends in .gif or .npy, got {output!r}")
+    if path.suffix == ".gif" and config.in_channels != 3:
+        raise ValueError(
+            f"output: latents of {config.in_channels} channels are no pixels, so there is no GIF of them; write them "
+            "to a .npy file and decode that with the VAE they belong to"
+        )
     dataset = open_videos(data, split)
     videos = _videos(dataset, first, number)
     text = np.stack([video.text for video in videos]).astype(np.float32)
@@ -151,7 +152,9 @@ def run(
     samples = generate(config, params, text, dataset.empty_text, shape, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
-        np.save(path, samples / np.float32(dataset.info.scale))
+        content = io.BytesIO()
+        np.save(content, samples / np.float32(dataset.info.scale))
+        write_atomically(path, content.getvalue())
     else:
         write_gif(path, samples, videos, config.attn_length)
     return samples, videos

@@ -361,9 +361,7 @@ class TTTLayer(nn.Module):
         self.sow("diagnostics", "step_size_saturation", _mean(saturated.astype(gate.dtype), is_real))
         self.sow("diagnostics", "fast_weight_drift", _drift(params, state))
         losses = ttt_loss(params, *tokens, **options)
-        tokens_read = _tokens_of_mini_batches(
-            self.config.mini_batch_size, *gate.shape[:2], losses.before.shape[2], options
-        )
+        tokens_read = _tokens_of_mini_batches(self.config.mini_batch_size, gate, losses.before.shape[2], options)
         for name, loss in losses._asdict().items():
             self.sow("diagnostics", f"inner_loss_{name}", _mean(loss, tokens_read))
 
@@ -451,11 +449,11 @@ def _drift(params, state: TTTState) -> jax.Array:
     return jnp.mean(jnp.sqrt(moved / squares(initial)))
 
 
-def _tokens_of_mini_batches(size: int, batch_size: int, num_tokens: int, count: int, options) -> jax.Array:
+def _tokens_of_mini_batches(size: int, gate: jax.Array, count: int, options) -> jax.Array:
     """How many of a call's real tokens each of the `count` mini-batches of `ttt_loss` has, [B, 1, N] int32."""
     state, length = options["state"], options["length"]
-    first = jnp.zeros(batch_size, jnp.int32) if state is None else state.count
-    behind = first + (num_tokens if length is None else length)
+    first = jnp.zeros(gate.shape[0], jnp.int32) if state is None else state.count
+    behind = first + (gate.shape[1] if length is None else length)
     begins = size * jnp.arange(count, dtype=jnp.int32)[None]
     read = jnp.minimum(begins + size, behind[:, None]) - jnp.maximum(begins, first[:, None])
     return jnp.maximum(read, 0)[:, None]

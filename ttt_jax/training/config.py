@@ -315,7 +315,7 @@ class LogConfig:
 
     Attributes:
         every_steps: Losses to metrics.jsonl.
-        diagnostics_every_steps: Diagnostics of the TTT layers to metrics.jsonl.
+        diagnostics_every_steps: Diagnostics of the TTT layers to metrics.jsonl, on what an update reads first.
         tensorboard: Also write all of it to the workdir's `tensorboard` folder.
         audio_every_steps: A short continuation of a validation recording to TensorBoard. Compiles the stream each time.
     """
@@ -505,7 +505,7 @@ def _has_ttt(model: Any) -> bool:
     """Whether there are TTT layers; some models may have none."""
     if isinstance(model, InfillConfig):
         return model.ssm_layer is not None
-    return not isinstance(model, MoshiConfig) or (model.ttt is not None and len(model.ttt.layers) > 0)
+    return not isinstance(model, MoshiConfig) or bool(model.ttt_layers)
 
 
 def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:

@@ -45,7 +45,7 @@ def run(mapping: Mapping[str, Any], workdir: pathlib.Path, speaker: Speaker | No
     """
     # Before the data, so that a typo is told even without a dataset.
     config = from_mapping(ExperimentConfig, mapping)
-    config = objective_type(config).with_dataset(config, mapping.get("model", {}))
+    config = objective_type(config).with_dataset(config, mapping.get("model") or {})
     sharding.check_batch_size(sharding.make_mesh(config.mesh), config.data.batch_size, config.optimizer.accumulate)
     training, validation = objective_of(config).batches()
     speak = _speak(config, speaker)

@@ -9,11 +9,16 @@ from jax.sharding import Mesh
 
 from ttt_jax.checkpoint import load, load_shapes
 from ttt_jax.convert.checks import check_tensors
-from ttt_jax.models.moshi import lora
+from ttt_jax.layers.ttt import TTTConfig
+from ttt_jax.models.moshi import MoshiConfig, lora
+from ttt_jax.models.moshi.model import ttt_config
 from ttt_jax.training import distributed, sharding
 from ttt_jax.training.config import ExperimentConfig
 from ttt_jax.training.objective import objective_of
 from ttt_jax.training.parameters import group_of, is_trained
+
+INNER_LOOP = ("mini_batch_size", "base_lr", "rope_theta")
+"""Of `TTTConfig`, what two models with TTT layers must agree on, and shapes do not tell."""
 
 
 def initial_parameters(config: ExperimentConfig, given: Any = None) -> tuple[Any, Any]:
@@ -68,14 +73,24 @@ def check_init_from(config: ExperimentConfig) -> None:
         _check(config, *load_shapes(config.init_from))
 
 
+def _inner_loop(model: Any) -> TTTConfig | None:
+    if not isinstance(model, MoshiConfig):
+        return model.ttt_config
+    return ttt_config(model) if model.ttt_layers else None
+
+
 def _check(config: ExperimentConfig, model: Any, params: Any) -> None:
     if type(model) is not type(config.model):
         expected, got = (type(m).__name__.removesuffix("Config") for m in (config.model, model))
         raise ValueError(f"config.init_from={config.init_from}: expected a {expected}, got a {got}.")
+    compared = [
+        (name, getattr(model, name), getattr(config.model, name)) for name in objective_of(config).not_in_the_shapes
+    ]
+    loops = _inner_loop(model), _inner_loop(config.model)
+    if None not in loops:
+        compared += [(f"the TTT layers' {name}", *(getattr(loop, name) for loop in loops)) for name in INNER_LOOP]
     differing = [
-        f"{name}: there {getattr(model, name)!r}, config.model says {getattr(config.model, name)!r}"
-        for name in objective_of(config).not_in_the_shapes
-        if getattr(model, name) != getattr(config.model, name)
+        f"{name}: there {there!r}, config.model says {here!r}" for name, there, here in compared if there != here
     ]
     if differing:
         raise ValueError(f"config.init_from={config.init_from}: is another model. " + "; ".join(differing))

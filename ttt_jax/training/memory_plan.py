@@ -7,7 +7,6 @@ r"""What one update of an experiment takes of each device's memory, read off the
 as many CPU devices: its arguments are exact, its temporaries are those of another compiler.
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 from ml_collections import config_flags
+
+from ttt_jax.files import write_atomically
 
 if TYPE_CHECKING:
     import jax
@@ -156,15 +157,14 @@ def _prepare(target: str, devices: int) -> None:
 def read_config(mapping: dict[str, Any]) -> "ExperimentConfig":
     """The experiment; its vocabulary is that of the dataset where there is one, else Moshi 7B's."""
     from ttt_jax.config import from_mapping
-    from ttt_jax.data.reader import open_dataset
     from ttt_jax.data.tokens import INFO_FILE
-    from ttt_jax.training.config import ExperimentConfig, with_vocabulary
+    from ttt_jax.training.config import ExperimentConfig
+    from ttt_jax.training.objective import objective_type
 
     config = from_mapping(ExperimentConfig, mapping)
     if not (pathlib.Path(config.data.directory) / INFO_FILE).exists():
         return config
-    model = with_vocabulary(mapping.get("model", {}), open_dataset(config.data.directory, "train").info)
-    return dataclasses.replace(config, model=model)
+    return objective_type(config).with_dataset(config, mapping.get("model") or {})
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -205,7 +205,7 @@ def main(options: flags.FlagValues, argv: list[str]) -> None:
     if "fits" in result:
         print(f"{'fits' if result['fits'] else 'DOES NOT FIT'} into {USABLE:.0%} of {CAPACITY / 1e9:.1f} GB")
     if options.output:
-        pathlib.Path(options.output).write_text(json.dumps(result, indent=2) + "\n")
+        write_atomically(pathlib.Path(options.output), json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

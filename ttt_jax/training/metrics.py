@@ -44,9 +44,20 @@ class MetricsFile:
             os.fsync(self._file.fileno())
 
 
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, of a run that may have been killed, or goes on: without a torn last one."""
+    lines = (_parsed(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line is not None]
+
+
 def _is_kept(line: str, step: int) -> bool:
+    # A checkpoint is written after the lines of its step, so a torn line is of a later one.
+    parsed = _parsed(line)
+    return parsed is not None and parsed["step"] <= step
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)["step"] <= step
+        return json.loads(line)
     except json.JSONDecodeError:
-        # Only the last line can be torn, and a checkpoint is written after the lines of its step.
-        return False
+        return None

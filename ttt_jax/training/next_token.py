@@ -109,8 +109,10 @@ class NextToken:
         return {"loss": losses.total, "text": losses.text_nll, "audio": losses.audio_nll}
 
     def diagnostics(self, variables: Any, batch: Chunk, carry: Any) -> Any:
-        """Of the temporal transformer; empty for a model without TTT."""
-        tokens, state, length, reset = _model_input(batch.tokens, batch.length, batch.reset, carry)
+        """Of the temporal transformer on the first of `data.gradient_chunks`; empty for a model without TTT."""
+        frames = (batch.tokens.shape[-1] - 1) // (self._config.data.gradient_chunks if carry else 1)
+        first = batch.tokens[:, :, : frames + 1], jnp.clip(batch.length, 0, frames), batch.reset
+        tokens, state, length, reset = _model_input(*first, carry)
         _, sown = self._model().apply(
             variables, tokens, state, length, reset, method="temporal", mutable=["diagnostics"]
         )

@@ -57,9 +57,7 @@ def train_step(config: ExperimentConfig, state: TrainState, batch: Batch) -> tup
             gradient, (sums, carry) = gradients(trained, *group)
             return jax.tree.map(jnp.add, accumulated, (gradient, sums)), carry
 
-        # Group g is rows g, g + groups, ...: rows that lie together on a device are then in different groups, and every
-        # device has some of each.
-        split = jax.tree.map(lambda x: x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1), (batch, state.carry))
+        split = jax.tree.map(lambda x: _groups(x, groups), (batch, state.carry))
         zeros = (jax.tree.map(jnp.zeros_like, trained), objective.zero_sums())
         (total, sums), carry = jax.lax.scan(add, zeros, split)
         carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carry)
@@ -85,7 +83,12 @@ def evaluate(config: ExperimentConfig, params: Any, batch: Batch, lora: Any = No
 def diagnostics(
     config: ExperimentConfig, params: Any, batch: Batch, carry: Any = (), lora: Any = None
 ) -> dict[str, jax.Array]:
-    """What the layers sow under "diagnostics", as `{"path/of/layer/name": scalar}`; empty for a model without TTT."""
+    """What the layers sow under "diagnostics", as `{"path/of/layer/name": scalar}`; empty for a model without TTT.
+
+    Read are the rows that an update reads at one time, so that it takes no more memory: one of `optimizer.accumulate`
+    groups.
+    """
+    batch, carry = jax.tree.map(lambda x: _groups(x, config.optimizer.accumulate)[0], (batch, carry))
     sown = objective_of(config).diagnostics(_variables(config, params, lora), batch, carry)
     leaves = jax.tree.leaves_with_path(sown, is_leaf=lambda leaf: isinstance(leaf, tuple))
     return {"/".join(str(key.key) for key in path): jnp.mean(jnp.stack(values)) for path, values in leaves}
@@ -96,6 +99,15 @@ def _loss(config: ExperimentConfig, objective: Objective, params, weights, train
     variables = _variables(config, put_back(params, trained), trained.lora)
     sums, carry = objective.read(variables, batch, carry)
     return objective.loss(sums, weights), (sums, carry)
+
+
+def _groups(x: jax.Array, count: int) -> jax.Array:
+    """`[B, ...]` to `[count, B / count, ...]`.
+
+    Group g is rows g, g + count, ...: rows that lie together on a device are then in different groups, and every device
+    has some of each.
+    """
+    return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
 
 def _variables(config: ExperimentConfig, params, lora) -> dict[str, Any]:

@@ -283,7 +283,7 @@ def _run(name: str, operation: str, call: Call):
 def _implementations(implementation: Implementation, call: Call) -> tuple[str, ...]:
     if implementation is None:
         return ("pallas", "scan") if pallas.is_default(call) else ("scan",)
-    names = tuple(implementation) if isinstance(implementation, list | tuple) else (implementation,)
+    names: tuple[Any, ...] = tuple(implementation) if isinstance(implementation, list | tuple) else (implementation,)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:
         raise ValueError(
@@ -361,7 +361,7 @@ def _check_static(*, mini_batch_size, causal, remat_every, eps) -> None:
     for name, value in (("mini_batch_size", mini_batch_size), ("remat_every", remat_every)):
         ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         _require(ok, name, "an int >= 1", repr(value))
-    ok = isinstance(eps, int | float | np.number) and not isinstance(eps, bool) and eps > 0
+    ok = isinstance(eps, int | float | np.number) and not isinstance(eps, bool) and bool(eps > 0)
     _require(ok, "eps", "a float > 0", repr(eps))
 
 

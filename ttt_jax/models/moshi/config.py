@@ -255,9 +255,19 @@ class MoshiConfig:
         """Text tokens that stand for "no word here"."""
         return (self.existing_text_padding_id, self.existing_text_end_padding_id)
 
+    @property
+    def ttt_layers(self) -> tuple[int, ...]:
+        """The temporal layers that have a TTT layer."""
+        return () if self.ttt is None else self.ttt.layers
+
+    @property
+    def longest_context(self) -> int:
+        """Frames that the attention of the layer that sees most sees, without sinks."""
+        return max(self.layer_attention(layer).context for layer in range(self.num_layers))
+
     def has_ttt(self, layer: int) -> bool:
         """Whether temporal layer `layer` has a TTT layer."""
-        return self.ttt is not None and layer in self.ttt.layers
+        return layer in self.ttt_layers
 
     def layer_attention(self, layer: int) -> LayerAttention:
         """Kind, context and sinks of the attention of temporal layer `layer`."""

@@ -20,9 +20,8 @@ def is_inserted(path: str) -> bool:
 
 def inserted_shapes(config: MoshiConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter that `config.ttt` adds, by path."""
-    layers = config.ttt.layers if config.ttt is not None else ()
     shapes = {}
-    for layer in layers:
+    for layer in config.ttt_layers:
         shapes |= jax.eval_shape(lambda layer=layer: _init(config, layer, jax.random.key(0)))
     return shapes
 
