@@ -20,6 +20,12 @@ C, D = 16, 64
 OUTPUT, STATE, GRADIENT = 1e-2, 2e-2, 2e-2
 """Largest errors relative to float64, by norm; the inputs are the same bfloat16 numbers."""
 
+SHORT = 4e-3
+"""The same of a few hundred tokens, whose outputs are rounded to within 1.7e-3."""
+
+EPS = 1e-2
+"""Of the LayerNorm where gradients are looked at: as large as the variance that it is added to."""
+
 FLOAT32 = 5e-5
 """The same of float32 tokens. Products read 16 bits of each number: half a unit in the last is 8e-6 of it."""
 
@@ -120,14 +126,21 @@ def run(name, params, tokens, **options):
 def check_forward(variant, num_tokens, dtype=jnp.bfloat16):
     params = make_params(kind=variant.kind, dim=variant.dim)
     tokens = make_tokens(num_tokens, dim=variant.dim, dtype=dtype)
-    out, state = jax.jit(functools.partial(variant.run, "pallas"))(params, tokens)
+    kernel = jax.jit(functools.partial(variant.run, "pallas"))
+    out, state = kernel(params, tokens)
     assert out.dtype == dtype
     assert {x.dtype for x in state.weights} == {jnp.dtype("float32")}
     exact, exact_state = jax.jit(functools.partial(variant.run, "scan"))(*float64_of((params, tokens)))
-    of_output, of_state = (OUTPUT, STATE) if dtype == jnp.bfloat16 else (FLOAT32, FLOAT32)
+    of_output, of_state = (OUTPUT, STATE) if num_tokens >= 8192 else (SHORT, SHORT)
+    if dtype == jnp.float32:
+        of_output = of_state = FLOAT32
     assert_close(out, exact, of_output)
     assert_close(state.weights, exact_state.weights, of_state)
     np.testing.assert_array_equal(state.count, exact_state.count)
+    if num_tokens < 8192:  # weights that learn nothing stay as they are, bit by bit: the state is float32
+        *others, lr = tokens
+        _, state = kernel(params, (*others, jnp.zeros_like(lr)))
+        jax.tree.map(lambda w, start: np.testing.assert_array_equal(w[0], start), state.weights, params.fast_weights)
 
 
 def test_outputs_and_state_after_more_tiles_than_are_on_their_way_at_once(gpu):
@@ -188,8 +201,10 @@ def test_float32_tokens_have_the_derivatives_of_the_scan(gpu):
     assert_close(*gradients, FLOAT32)
 
 
-def test_mlp_outputs_and_state_of_mini_batches_that_see_all_their_tokens(gpu):
-    check_forward(MLP[1], 50)
+@pytest.mark.parametrize("variant", [MLP[1], MLP[2]], ids=str)
+def test_mlp_outputs_and_state(gpu, variant):
+    """Of the variants whose gradients take too long here."""
+    check_forward(variant, 50 if variant.mini_batch_size == C else 64)
 
 
 class Rows(NamedTuple):
@@ -246,10 +261,12 @@ def check_gradients(variant, rows_of_call):
     steps = 1 / (1 + np.arange(c)) if variant.causal else np.full(c, 1 / c)
     token_scale = jnp.asarray(steps * rng.uniform(0.5, 1.5, c), jnp.float32)
     d_out = normal(rng, rows, num_tokens, 1, variant.dim, dtype=jnp.float64)
+    beyond = np.arange(num_tokens)[None] >= np.asarray(length)[:, None]
+    tokens = tuple(jnp.where(beyond.reshape(beyond.shape + (1,) * (x.ndim - 2)), jnp.nan, x) for x in tokens)
 
     def objective(arguments, name):
         params, *tokens, token_scale, weights, gradient = arguments
-        options = {"length": jnp.asarray(length), "reset": jnp.asarray(reset), "remat_every": remat_every}
+        options = {"length": jnp.asarray(length), "reset": jnp.asarray(reset), "remat_every": remat_every, "eps": EPS}
         options |= {"token_scale": token_scale, "state": given._replace(weights=weights, gradient=gradient)}
         out, final = variant.run(name, params, tokens, **options)
         wide_out, wide = float64_of((out, final))
@@ -266,7 +283,6 @@ def check_gradients(variant, rows_of_call):
     assert_close((state.weights, state.gradient), (exact_state.weights, exact_state.gradient), STATE)
     np.testing.assert_array_equal(state.count, exact_state.count)
     assert_close(gradients, exact_gradients, GRADIENT)
-    beyond = np.arange(num_tokens)[None] >= np.asarray(length)[:, None]
     for x in (out, *gradients[1:5]):
         np.testing.assert_array_equal(np.asarray(x)[beyond], 0)
 
