@@ -53,4 +53,5 @@ def spelled_out(argument: str) -> str:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, [spelled_out(argument) for argument in sys.argv])
+    sys.argv = [spelled_out(argument) for argument in sys.argv]  # which ml_collections reads, too
+    app.run(main)

@@ -12,8 +12,11 @@ import pytest
 from ttt_jax.checkpoint import load
 from ttt_jax.training import distributed
 
-STEPS = 10  # exchanging gradients is what takes time here
-SHORT = (f"--config.optimizer.steps={STEPS}", "--config.validation.every_steps=5")
+STEPS = 10  # exchanging gradients is what takes time here, and compiling
+SHORT = (
+    *(f"--config.optimizer.steps={STEPS}", "--config.validation.every_steps=5"),
+    *("--config.log.diagnostics_every_steps=0", "--noconfig.log.tensorboard"),
+)
 
 
 def start(run, *second: str) -> list[subprocess.Popen]:
