@@ -240,7 +240,10 @@ def test_bfloat16_keeps_float32_parameters_and_fast_weights(config, params, rand
     z, text_logits, state = temporal(narrow, params, codes, init_state(narrow, params, 2))
     assert z.dtype == state[0].attention.keys.dtype == jnp.bfloat16
     assert text_logits.dtype == jnp.float32
-    assert {x.dtype for x in jax.tree.leaves(state[1].ttt.ttt)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    fast = state[1].ttt.ttt
+    assert {x.dtype for x in jax.tree.leaves(fast)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    for leaf in fast.weights:  # nor rounded to bfloat16 and back
+        assert np.any(leaf != leaf.astype(jnp.bfloat16).astype(jnp.float32))
     wide = jax.jit(Moshi(config).apply)({"params": params}, codes)
     got = jax.jit(Moshi(narrow).apply)({"params": params}, codes)
     assert got.logits.dtype == jnp.float32
