@@ -220,6 +220,7 @@ def test_diagnostics_are_means_over_real_tokens(start):
         ({"mini_batch_size": 0}, "mini_batch_size: expected an int >= 1, got 0"),
         ({"kind": "conv"}, "kind: expected 'linear' or 'mlp', got 'conv'"),
         ({"base_lr": 0.0}, "base_lr: expected a number > 0"),
+        ({"base_lr": "x"}, "base_lr: expected a number > 0, got 'x'"),
     ],
 )
 def test_bad_configs_are_named(changes, message):

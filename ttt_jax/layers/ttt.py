@@ -75,8 +75,9 @@ class TTTConfig:
                 f"{self.num_heads} heads."
             )
         for name in ("base_lr", "rope_theta", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not isinstance(value, int | float | np.number) or not value > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {value!r}.")
 
     @property
     def head_dim(self) -> int:

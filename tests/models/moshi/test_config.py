@@ -90,6 +90,9 @@ def test_validates_itself(fields, message):
     ("fields", "message"),
     [
         ({"layers": (1, 1)}, "must not repeat"),
+        ({"layers": 3}, r"ttt\.layers must be indices of layers, such as \(1, 3\), got 3"),
+        ({"layers": ("a",)}, r"ttt\.layers must be indices of layers, .*, got \('a',\)"),
+        ({"layers": (0,), "base_lr": "x"}, r"ttt\.base_lr must be > 0, .*, got 'x'"),
         ({"layers": (0,), "kind": "liner"}, "did you mean 'linear'"),
         ({"layers": (0,), "mini_batch_size": 0}, r"ttt\.mini_batch_size must be an int >= 1, got 0"),
         ({"layers": (0,), "sinks": -1}, r"ttt\.sinks must be an int >= 0 \(frames\), got -1"),

@@ -184,6 +184,9 @@ def test_any_number_of_scenes_and_frames_and_any_text(params):
         given = inputs(2, scenes=scenes, text_length=text_length, frames=frames)
         out = jax.eval_shape(lambda p, *x: VideoDiT(CONFIG).apply({"params": p}, *x), params, *given)
         assert (out.shape, out.dtype) == (given[0].shape, jnp.float32)
+    none = inputs(0)
+    out = jax.eval_shape(lambda p, *x: VideoDiT(CONFIG).apply({"params": p}, *x), params, *none)
+    assert out.shape == none[0].shape
 
 
 def test_memory_is_linear_in_the_number_of_scenes(params):
