@@ -89,7 +89,9 @@ class AdaptiveNorm(nn.Module):
         out, gates = {}, {}
         for i, name in enumerate(name for name in MODULATED if name in parts):
             x = parts[name]
-            vectors = [chunk.reshape(chunk.shape[0], *(1,) * (x.ndim - 2), -1) for chunk in chunks[kinds * i :][:kinds]]
+            vectors = [
+                chunk.reshape(len(chunk), *(1,) * (x.ndim - 2), chunk.shape[1]) for chunk in chunks[kinds * i :][:kinds]
+            ]
             out[name] = norm(x) * (1 + vectors[1]) + vectors[0]
             gates |= {name: vectors[2]} if self.gated else {}
         return out, gates
