@@ -68,6 +68,10 @@ def test_two_processes_train_as_one(two, one):
         np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-5)
 
 
+def test_tensorboard_can_be_turned_off(one):
+    assert not (one.workdir / "tensorboard").exists()
+
+
 def test_sigterm_to_one_process_stops_both_at_one_step_and_both_resume(two, tmp_path, make_follow_run):
     run = make_follow_run(tmp_path / "run")
     processes = start(run)

@@ -142,9 +142,3 @@ def test_a_killed_run_shows_every_step_once(new_run):
     assert spoken.keys() == {("continuation", 30), ("continuation", 60)}
     wav, rate = soundfile.read(io.BytesIO(spoken["continuation", 60].audio.encoded_audio_string))
     assert (wav.shape, rate) == ((60 * 640, 2), 8000)
-
-
-def test_it_can_be_turned_off(new_run):
-    code, output = new_run.finish("--config.log.tensorboard=False", "--config.optimizer.steps=6")
-    assert code == 0, output
-    assert not (new_run.workdir / "tensorboard").exists()
