@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.scan import checkpointed_scan
+from ttt_jax.remat import checkpointed_scan
 from ttt_jax.ttt import inner
 from ttt_jax.ttt.call import Call, commit_pending, fresh_state, select_rows, vary_together
 from ttt_jax.ttt.types import TTTLosses, TTTState

@@ -19,7 +19,7 @@ from ttt_jax.layers.ttt import TTTLayer
 from ttt_jax.layers.two_way import NormedAttention, Parts, gated_passes
 from ttt_jax.models.video_dit import scenes
 from ttt_jax.models.video_dit.config import VideoDiTConfig
-from ttt_jax.scan import checkpointed_scan
+from ttt_jax.remat import checkpointed_scan
 
 MODULATION_INIT = nn.initializers.normal(0.02)
 MODULATED = ("video", "text")
