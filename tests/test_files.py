@@ -1,4 +1,5 @@
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -36,6 +37,22 @@ def test_two_writers_of_one_directory_do_not_mix(tmp_path):
             pass
         (staging / "more").write_text("x")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["more", "of_the_first"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_writer_that_comes_while_another_one_ends_takes_nothing(tmp_path, monkeypatch, before):
+    def rename(source, target, rename=os.rename):
+        if not before:
+            rename(source, target)
+        with pytest.raises((RuntimeError, FileExistsError)), new_directory(tmp_path / "a"):
+            pass
+        if before:
+            rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with new_directory(tmp_path / "a") as staging:
+        (staging / "whole").write_text("x")
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "whole"]
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):

@@ -72,15 +72,20 @@ def new_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
     staging = directory.with_name(f".{directory.name}.being-written")
     staging.mkdir(exist_ok=True)
     lock = staging / ".lock"
-    with only_process(lock, f"writing {directory}"):
+    with contextlib.ExitStack() as held:
         try:
-            for left in staging.iterdir():
-                if left.is_dir() and not left.is_symlink():
-                    shutil.rmtree(left)
-                elif left != lock:
-                    left.unlink()
+            held.enter_context(only_process(lock, f"writing {directory}"))
+            left = [path for path in staging.iterdir() if path != lock]
+        except FileNotFoundError as error:
+            raise RuntimeError(f"another process has just been writing {directory}; start again.") from error
+        try:
+            for path in left:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             yield staging
-            lock.unlink()
             os.rename(staging, directory)
+            (directory / lock.name).unlink()
         finally:
             shutil.rmtree(staging, ignore_errors=True)

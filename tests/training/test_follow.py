@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import from_mapping
-from ttt_jax.data.chunks import Walks
+from ttt_jax.data.chunks import Crops, Walks
 from ttt_jax.models import moshi
-from ttt_jax.training.config import ExperimentConfig, MeshConfig, Stage
+from ttt_jax.training.checkpoints import Checkpoints, restore_latest
+from ttt_jax.training.config import DataConfig, ExperimentConfig, MeshConfig, Stage
 from ttt_jax.training.next_token import training_chunks
 from ttt_jax.training.step import diagnostics, init_state, train_step
 
@@ -137,6 +138,34 @@ def test_diagnostics_read_no_more_at_one_time_than_an_update():
     got = diagnostics(config, state.params, chunk, state.carry)
     assert any(name.endswith("inner_loss_after") for name in got)
     assert_close(got, diagnostics(small, state.params, first, jax.tree.map(lambda x: x[::2], state.carry)))
+
+
+def test_layers_without_convolutions_carry_none(tmp_path):
+    """Whose inputs would be arrays without a number, which Orbax does not save."""
+    config = make(num_frames=6, batch_size=4, accumulate=2)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, ttt=dataclasses.replace(config.model.ttt, backbone="base"))
+    )
+    state, chunk = jax.jit(functools.partial(init_state, config))(), walk(config, list(CODES))[0]
+    assert diagnostics(config, state.params, chunk, state.carry)
+    jax.eval_shape(functools.partial(train_step, config), state, chunk)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(0, state)
+    restored = restore_latest(tmp_path, jax.eval_shape(lambda: state))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_diagnostics_of_crops_leave_out_padding():
+    """Of recordings that are shorter than a crop."""
+    config = dataclasses.replace(make(num_frames=12), data=DataConfig("", num_frames=12, batch_size=2))
+    short = Crops(
+        Recordings([c[:, :4] for c in CODES[:1]]), seed=0, batch_size=2, num_frames=12, delays=DELAYS, initial=INITIAL
+    )[0]
+    alone = short._replace(tokens=short.tokens[:, :, :7])  # initial, 4 frames, a delay of 1; and what is predicted
+    params = start(config).params
+    got, expected = diagnostics(config, params, short), diagnostics(config, params, alone)
+    assert any(name.endswith("inner_loss_after") for name in got)
+    assert_close(got, expected)
 
 
 def test_accumulated_groups_of_rows_are_one_update():

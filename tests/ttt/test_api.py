@@ -108,6 +108,11 @@ def test_lengths_of_any_integer_dtype_are_clipped(dtype):
         assert jax.tree.all(jax.tree.map(partial(jnp.allclose, atol=1e-12), found, expected))
 
 
+def test_lengths_may_be_lists_of_traced_numbers():
+    found = jax.jit(lambda n: call(length=[n, 2]))(3)
+    assert jax.tree.all(jax.tree.map(partial(jnp.allclose, atol=1e-12), found, call(length=jnp.array([3, 2]))))
+
+
 def test_unsupported_implementations_say_why_and_the_next_is_tried():
     with pytest.raises(NotImplementedError, match="pallas: the default device is no CUDA GPU"):
         call(implementation="pallas")

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     _check_flags("reverse" if REVERSE.value else SOURCE.value or "")
     try:
         (_reverse if REVERSE.value else _convert)()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 

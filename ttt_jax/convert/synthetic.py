@@ -39,7 +39,7 @@ def main(options: flags.FlagValues, argv: list[str]) -> None:
     dtype = options.dtype or ("bfloat16" if model is MoshiConfig else "float32")
     try:
         write(model.from_kyutai(options.config or {}), pathlib.Path(options.output), dtype=dtype, seed=options.seed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     print(options.output)
 

@@ -145,7 +145,7 @@ def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
         make(**{name: holder.value for name, holder in holders.items()})
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -173,7 +173,7 @@ def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
         make(**{name: holder.value for name, holder in holders.items()})
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, FileExistsError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 

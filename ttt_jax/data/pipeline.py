@@ -158,7 +158,8 @@ def _claim(plan: Plan) -> None:
             raise ValueError(f"output: {plan.output} holds other files ({others[0]}); choose an empty or new directory")
         write_atomically(path, json.dumps(settings, indent=1) + "\n")
         return
-    begun = json.loads(path.read_text())
+    # Datasets begun before there was a fingerprint have none.
+    begun = {"codec_fingerprint": settings["codec_fingerprint"], **json.loads(path.read_text())}
     changed = [
         f"{name} was {begun.get(name)!r}, is {settings.get(name)!r}"
         for name in sorted(begun.keys() | settings.keys())

@@ -154,9 +154,7 @@ class TTTLayerState(NamedTuple):
     """What a layer carries between calls; every leaf leads with B and is float32 (float64) or int32."""
 
     ttt: TTTState
-    conv_inputs: (
-        jax.Array
-    )  # [B, conv_width - 1, width], the convolutions' last real inputs ([B, 0, width] without them)
+    conv_inputs: jax.Array | None  # [B, conv_width - 1, width], the convolutions' last real inputs; None without them
     position: jax.Array  # [B] int32, real tokens since the row's start
 
 
@@ -249,14 +247,15 @@ class TTTLayer(nn.Module):
         y = self._output(x, out.reshape(x.shape))
         if is_real is not None:
             y = jnp.where(is_real, y, jnp.zeros((), y.dtype))
-        conv_inputs = conv_inputs.astype(at_least_float32(self.dtype))
+        if conv_inputs is not None:
+            conv_inputs = conv_inputs.astype(at_least_float32(self.dtype))
         return y, TTTLayerState(ttt_state, conv_inputs, self._next_position(x, state, length))
 
     def init_state(self, batch_size: int) -> TTTLayerState:
         """The state of `batch_size` rows that have read nothing; needs the parameters, so call it through `apply`."""
         c = self.config
-        reach = c.conv_width - 1 if c.shared_qk else 0
-        conv_inputs = jnp.zeros((batch_size, reach, c.width), at_least_float32(self.dtype))
+        past = (batch_size, c.conv_width - 1, c.width)
+        conv_inputs = jnp.zeros(past, at_least_float32(self.dtype)) if c.shared_qk else None
         return TTTLayerState(init_state(self.inner(), batch_size), conv_inputs, jnp.zeros(batch_size, jnp.int32))
 
     def _check(self, x, state, length, reset, positions):
@@ -270,16 +269,16 @@ class TTTLayer(nn.Module):
         if state is not None and not isinstance(state, TTTLayerState):
             raise ValueError(f"state: expected the TTTLayerState of an earlier call, got {type(state).__name__}.")
         if state is not None:
-            reach = c.conv_width - 1 if c.shared_qk else 0
-            conv_inputs, position = (x.shape[0], reach, c.width), x.shape[:1]
+            past = (x.shape[0], c.conv_width - 1, c.width) if c.shared_qk else None
             for name, leaf, shape in (
-                ("conv_inputs", state.conv_inputs, conv_inputs),
-                ("position", state.position, position),
+                ("conv_inputs", state.conv_inputs, past),
+                ("position", state.position, x.shape[:1]),
             ):
-                if leaf.shape != shape:
+                got = None if leaf is None else leaf.shape
+                if got != shape:
                     raise ValueError(
-                        f"state.{name}: expected shape {shape}, got {leaf.shape}. Does it belong to another batch size "
-                        "or another layer's config?"
+                        f"state.{name}: expected shape {shape}, got {got}. Does it belong to another batch size or "
+                        "another layer's config?"
                     )
         for name, rows, kind in (("length", length, jnp.integer), ("reset", reset, jnp.bool_)):
             if rows is not None and (rows.shape != x.shape[:1] or not jnp.issubdtype(rows.dtype, kind)):
@@ -305,7 +304,7 @@ class TTTLayer(nn.Module):
             k, conv_inputs = self.conv_k(q, past, length)
             q, _ = self.conv_q(q, past, length)
         else:
-            k, conv_inputs = self.wk(x), jnp.zeros((x.shape[0], 0, c.width), x.dtype)
+            k, conv_inputs = self.wk(x), None
         q, k, v = (part.reshape(heads) for part in (q, k, self.wv(x)))
         if c.normalize_qk:
             q, k = _unit_length(q), _unit_length(k)
@@ -352,8 +351,9 @@ class TTTLayer(nn.Module):
         return read if state is None else state.position + read
 
     def _diagnose(self, params, tokens, options, gate, is_real, state):
-        """Sow scalars, means over real tokens, when the caller asks for the collection "diagnostics"; otherwise
-        compute nothing.
+        """Sow scalars when the caller asks for the collection "diagnostics"; otherwise compute nothing.
+
+        Step sizes and losses are means over real tokens, the drift over rows.
         """
         if not self.is_mutable_collection("diagnostics") or self.is_initializing():
             return
@@ -417,7 +417,7 @@ def _forget(state: TTTLayerState, rows) -> TTTLayerState:
         return jnp.where(rows.reshape(rows.shape + (1,) * (x.ndim - 1)), jnp.zeros((), x.dtype), x)
 
     return TTTLayerState(
-        state.ttt._replace(count=clear(state.ttt.count)), clear(state.conv_inputs), clear(state.position)
+        state.ttt._replace(count=clear(state.ttt.count)), jax.tree.map(clear, state.conv_inputs), clear(state.position)
     )
 
 

@@ -40,7 +40,6 @@ class Diffusion:
         "attn_length",
         "prefix_temporal_length",
         "theta",
-        "rope_theta",
     )
 
     def __init__(self, config: ExperimentConfig):

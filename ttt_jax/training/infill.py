@@ -30,7 +30,7 @@ class InfillObjective:
     """Mean cross-entropy of the audio codes of masked frames, all codebooks alike; see `Objective`."""
 
     unit: str = "frames"
-    not_in_the_shapes: Sequence[str] = ("num_heads", "segment", "overlap", "rope_theta", "mini_batch_size")
+    not_in_the_shapes: Sequence[str] = ("num_heads", "segment", "overlap", "rope_theta")
 
     def __init__(self, config: ExperimentConfig):
         self._config = config

@@ -121,7 +121,7 @@ class Functions:
         return self._model_params(state.params, state.lora) if state.lora else state.params
 
     def diagnose(self, state: steps.TrainState, batch: Batch) -> dict[str, jax.Array]:
-        """Diagnostics of the update that reads `batch` next."""
+        """Diagnostics of what the update that reads `batch` next reads first."""
         return self._diagnostics(state.params, batch, state.carry, state.lora)
 
     def update(self, state: steps.TrainState, batch: Batch) -> tuple[steps.TrainState, dict]:

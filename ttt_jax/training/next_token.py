@@ -111,8 +111,12 @@ class NextToken:
     def diagnostics(self, variables: Any, batch: Chunk, carry: Any) -> Any:
         """Of the temporal transformer on the first of `data.gradient_chunks`; empty for a model without TTT."""
         frames = (batch.tokens.shape[-1] - 1) // (self._config.data.gradient_chunks if carry else 1)
-        first = batch.tokens[:, :, : frames + 1], jnp.clip(batch.length, 0, frames), batch.reset
-        tokens, state, length, reset = _model_input(*first, carry)
+        tokens = batch.tokens[:, :, :frames]
+        # Short recordings in crops are padded, which `length` does not tell.
+        is_given = jnp.any(tokens >= 0, axis=1)
+        length = jnp.max(jnp.where(is_given, jnp.arange(1, frames + 1, dtype=jnp.int32)[None], 0), axis=1)
+        length, state = jnp.minimum(length, batch.length), carry or None
+        reset = batch.reset if carry else None
         _, sown = self._model().apply(
             variables, tokens, state, length, reset, method="temporal", mutable=["diagnostics"]
         )

@@ -60,7 +60,7 @@ def train_step(config: ExperimentConfig, state: TrainState, batch: Batch) -> tup
         split = jax.tree.map(lambda x: _groups(x, groups), (batch, state.carry))
         zeros = (jax.tree.map(jnp.zeros_like, trained), objective.zero_sums())
         (total, sums), carry = jax.lax.scan(add, zeros, split)
-        carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carry)
+        carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), carry)
     updates, optimizer = make_optimizer(config.optimizer).update(total, state.optimizer, trained)
     trained: Any = optax.apply_updates(trained, updates)
     metrics = objective.metrics(sums) | {"gradient_norm": optax.tree.norm(total)}
@@ -107,7 +107,7 @@ def _groups(x: jax.Array, count: int) -> jax.Array:
     Group g is rows g, g + count, ...: rows that lie together on a device are then in different groups, and every device
     has some of each.
     """
-    return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
 
 def _variables(config: ExperimentConfig, params, lora) -> dict[str, Any]:

@@ -104,6 +104,11 @@ def test_ttt_validates_itself(fields, message):
         TTTInsertion(**fields)
 
 
+def test_layers_may_be_any_integers():
+    for layers in (range(2), np.arange(2), [0, 1]):
+        assert TTTInsertion(layers=layers, base_lr=np.float32(0.5)).layers == (0, 1)  # pyright: ignore
+
+
 def test_layers_with_ttt_may_have_their_own_attention():
     config = MoshiConfig(context=7, sinks=2, ttt=TTTInsertion(layers=(1,)))
     assert config.layer_attention(0) == config.layer_attention(1) == ("window", 7, 2)

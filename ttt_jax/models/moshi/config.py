@@ -65,9 +65,13 @@ class TTTInsertion:
     gate_init: float = 0.1
 
     def __post_init__(self):
-        if not isinstance(self.layers, list | tuple) or not all(isinstance(i, int | np.integer) for i in self.layers):
+        try:
+            layers = tuple(self.layers)
+        except TypeError:
+            layers = (None,)
+        if not all(isinstance(layer, int | np.integer) for layer in layers):
             raise ValueError(f"ttt.layers must be indices of layers, such as (1, 3), got {self.layers!r}")
-        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", tuple(map(int, layers)))
         _check_choice("ttt.kind", self.kind, ("linear", "mlp"))
         _check_choice("ttt.backbone", self.backbone, ("mamba", "base"))
         _check_choice("ttt.attention", self.attention, ATTENTION_KINDS)
@@ -79,7 +83,7 @@ class TTTInsertion:
             _check_not_negative("ttt.sinks", self.sinks, "frames")
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"ttt.layers must not repeat, got {self.layers}")
-        if self.base_lr is not None and not (isinstance(self.base_lr, int | float) and self.base_lr > 0):
+        if self.base_lr is not None and not (isinstance(self.base_lr, int | float | np.number) and self.base_lr > 0):
             raise ValueError(f"ttt.base_lr must be > 0, or None for the published value, got {self.base_lr!r}")
         if self.gate_init == 0:
             raise ValueError("ttt.gate_init must not be 0: neither the gate's layer nor the gate would get a gradient")
