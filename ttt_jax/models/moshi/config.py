@@ -66,9 +66,9 @@ class TTTInsertion:
 
     def __post_init__(self):
         try:
-            layers = tuple(self.layers)
+            layers: list[Any] = list(self.layers)
         except TypeError:
-            layers = (None,)
+            layers = [None]
         if not all(isinstance(layer, int | np.integer) for layer in layers):
             raise ValueError(f"ttt.layers must be indices of layers, such as (1, 3), got {self.layers!r}")
         object.__setattr__(self, "layers", tuple(map(int, layers)))
