@@ -1,4 +1,4 @@
-"""Which precision a computation runs in."""
+"""Which precision a computation runs in, and integers of any width."""
 
 from typing import Any
 

@@ -66,7 +66,14 @@ class MimiCodec:
     @property
     def fingerprint(self) -> str:
         """Of the checkpoint's files and the config; reads the files."""
-        return _fingerprint(self.directory, self.config)
+        digest = hashlib.sha256(repr(self.config).encode())
+        root = pathlib.Path(self.directory)
+        for path in sorted(root.rglob("*")):
+            if path.is_file():
+                digest.update(path.relative_to(root).as_posix().encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:24]
 
     def encoder(self) -> "MimiEncoder":
         """A fresh streaming encoder for one channel."""
@@ -117,18 +124,6 @@ def _loaded(directory: str) -> Any:
     from ttt_jax.checkpoint import load
 
     return load(directory)[1]
-
-
-@functools.cache
-def _fingerprint(directory: str, config: MimiConfig) -> str:
-    digest = hashlib.sha256(repr(config).encode())
-    root = pathlib.Path(directory)
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            digest.update(path.relative_to(root).as_posix().encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:24]
 
 
 @functools.cache

@@ -84,6 +84,10 @@ class TTTConfig:
         """D."""
         return self.width // self.num_heads
 
+    def past_shape(self, batch_size: int) -> tuple[int, int, int] | None:
+        """Of the inputs that the convolutions look back on; None without convolutions."""
+        return (batch_size, self.conv_width - 1, self.width) if self.shared_qk else None
+
     @classmethod
     def ttt_lm(
         cls,
@@ -254,8 +258,8 @@ class TTTLayer(nn.Module):
     def init_state(self, batch_size: int) -> TTTLayerState:
         """The state of `batch_size` rows that have read nothing; needs the parameters, so call it through `apply`."""
         c = self.config
-        past = (batch_size, c.conv_width - 1, c.width)
-        conv_inputs = jnp.zeros(past, at_least_float32(self.dtype)) if c.shared_qk else None
+        past = c.past_shape(batch_size)
+        conv_inputs = None if past is None else jnp.zeros(past, at_least_float32(self.dtype))
         return TTTLayerState(init_state(self.inner(), batch_size), conv_inputs, jnp.zeros(batch_size, jnp.int32))
 
     def _check(self, x, state, length, reset, positions):
@@ -266,12 +270,11 @@ class TTTLayer(nn.Module):
             raise ValueError(f"x: expected shape [B, T, width = {c.width}], got {x.shape}.")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x: expected a float dtype, got {x.dtype}.")
-        if state is not None and not isinstance(state, TTTLayerState):
-            raise ValueError(f"state: expected the TTTLayerState of an earlier call, got {type(state).__name__}.")
         if state is not None:
-            past = (x.shape[0], c.conv_width - 1, c.width) if c.shared_qk else None
+            if not isinstance(state, TTTLayerState):
+                raise ValueError(f"state: expected the TTTLayerState of an earlier call, got {type(state).__name__}.")
             for name, leaf, shape in (
-                ("conv_inputs", state.conv_inputs, past),
+                ("conv_inputs", state.conv_inputs, c.past_shape(x.shape[0])),
                 ("position", state.position, x.shape[:1]),
             ):
                 got = None if leaf is None else leaf.shape
