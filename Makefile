@@ -15,7 +15,7 @@ quickstart: $(INSTALLED)
 	@echo "continuation: $(RUN)/continuation.wav"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
