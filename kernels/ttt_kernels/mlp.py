@@ -4,7 +4,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ttt_kernels import mlp_backward, mlp_backward_c64, mlp_forward, mlp_forward_float32
+from ttt_kernels import (
+    mlp_backward,
+    mlp_backward_c64,
+    mlp_backward_c64_one_block,
+    mlp_forward,
+    mlp_forward_float32,
+)
+from ttt_kernels.blocks import MLPBlocks
 
 
 def forward(q, *arguments: Any, keep: bool, **options: Any) -> Any:
@@ -14,7 +21,9 @@ def forward(q, *arguments: Any, keep: bool, **options: Any) -> Any:
     return mlp_forward.forward(q, *arguments, keep=keep, **options)
 
 
-def backward(q, k, v, lr_read, lr_update, scale, *arguments: Any, **options: Any) -> Any:
+def backward(q, k, v, lr_read, lr_update, scale, *arguments: Any, blocks: MLPBlocks, **options: Any) -> Any:
     """As `mlp_backward.backward`."""
     kernel = mlp_backward if scale.shape[0] == mlp_backward.C else mlp_backward_c64
-    return kernel.backward(q, k, v, lr_read, lr_update, scale, *arguments, **options)
+    if kernel is mlp_backward_c64 and blocks.one_block:
+        kernel = mlp_backward_c64_one_block
+    return kernel.backward(q, k, v, lr_read, lr_update, scale, *arguments, blocks=blocks, **options)

@@ -1,0 +1,501 @@
+"""TTT-MLP, D = 64, C = 64: the backward kernel; four warpgroups of one thread block walk back over a row and head.
+
+From each checkpoint they first walk forward, keeping the weights at the start of each mini-batch in global memory, then
+back. As in the forward kernel each has a slice of 64 hidden units, and what sums over all units is split over tokens:
+each warpgroup has a block of 16, whose keys and readers it works on between the same two barriers.
+
+SMEM holds three matrices of hidden units and two of weights at a time, so the parts of a mini-batch are in an order
+in which each is read for the last time before another takes its place.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ttt_kernels import hopper, inner, kept, sums
+from ttt_kernels.blocks import MLPBlocks
+from ttt_kernels.cluster import AXIS, SLICES
+from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
+from ttt_kernels.tiles import MiniBatches
+
+C = TILE
+"""Tokens of a mini-batch."""
+
+BLOCK = C // SLICES
+"""Tokens of which one warpgroup sums over all hidden units."""
+
+_Z1, _SLOPE_Q, _OF_Z1, _OF_W2 = range(4)
+"""Of what a warpgroup keeps in global memory: layer 1 of the keys; GELU's gradient of the readers; of the derivative by
+layer 1 what does not come from layer 2's output; of the derivative by w2 what comes from the readers."""
+
+
+class _Matrices(NamedTuple):
+    """Matrices in SMEM, bfloat16; those of weights and hidden units begin with the slice, mixing has (source, reader).
+
+    Most hold one thing after the other; the properties tell what, in this order.
+    """
+
+    q: Any  # [C, 64]
+    k: Any
+    values: Any
+    readers: Any
+    w2: Any  # [4, 64, 64], rows are outputs
+    weights: Any  # [4, 64, 64], rows are outputs: w1, the derivatives by w2, by w1, w1 again
+    hidden: Any  # [4, 64, C]: x, d_u, x again, d_z1
+    g1: Any  # [4, 64, C]; at last the results, [C, 64]
+    hidden_q: Any  # [4, 64, C]: x_q, d_z1_q
+    mixing: Any  # [C, C]: of layer 1, then d_attention1
+    mixing2: Any  # [C, C], then d_z2 [64, C]
+    d_attention2: Any  # [C, C]
+
+    @property
+    def g2(self) -> Any:
+        """[64, C], in the place of v."""
+        return self.values.T
+
+    @property
+    def d_z2_q(self) -> Any:
+        """[64, C], in the place of d_out; on the walk forward layer 2's gradient times minus the step size."""
+        return self.readers.T
+
+    @property
+    def d_z2(self) -> Any:
+        """[64, C]."""
+        return self.mixing2
+
+
+class _Vectors(NamedTuple):
+    """In SMEM, float32."""
+
+    lr_read: Any  # [C]
+    lr_update: Any
+    scale: Any
+    d_lr_read: Any
+    d_lr_update: Any
+    d_scale: Any
+    of_layer1: Any  # [4, C], of each slice
+    of_blocks: Any  # [4, 64], of each block of tokens
+    of_readers: Any  # [4, C], likewise
+
+
+def backward(
+    q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t, d_b1,
+    d_w2t, d_b2, *, causal: bool, eps: float, blocks: MLPBlocks, interpret,
+):  # fmt: skip
+    """As `mlp_backward.backward`."""
+    batch_size, num_tokens, num_heads, _ = q.shape
+    num_mini_batches = num_tokens // C
+    every = blocks.tiles_per_checkpoint
+    per_group, num_groups = min(every, num_mini_batches), -(-num_mini_batches // every)
+    mini_batches = MiniBatches(C, BLOCK)
+    f32, bf16 = jnp.float32, jnp.bfloat16
+    rows = (batch_size, num_heads)
+
+    def body(
+        q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, w1t_kept_g, b1_kept_g, w2t_kept_g, b2_kept_g, ln_scale_g,
+        ln_bias_g, d_out_g, d_w1t_end_g, d_b1_end_g, d_w2t_end_g, d_b2_end_g,
+        d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_w1t_g, d_b1_g, d_w2t_g, d_b2_g, d_ln_scale_g,
+        d_ln_bias_g, weights_g, biases_g, kept_g,
+        of_tokens_s, of_slices_s, sums_s, zero_s, start_barrier, recompute_barrier, back_barrier, everyone,
+        *of_matrices,
+    ):  # fmt: skip
+        zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
+        row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
+        at = mini_batches.block(0, own)
+
+        def matrices() -> _Matrices:
+            at = zero()
+            return _Matrices(*(ref.at[at] for ref in of_matrices))
+
+        def vectors() -> _Vectors:
+            at = zero()
+            of_tokens, of_slices = of_tokens_s.at[at], of_slices_s.at[at]
+            return _Vectors(*(of_tokens.at[i] for i in range(6)), *(of_slices.at[i] for i in range(3)))
+
+        def inner_loss() -> inner.Loss:
+            return inner.Loss(eps, sums.total(sums_s.at[own + zero()], interpreted=blocks.interpreted))
+
+        def of_own(ref, *index):
+            """What the warpgroup has in global memory."""
+            return ref.at[row, head, own + zero(), *index]
+
+        def keep(what: int, value) -> None:
+            """For the own slice, in bfloat16."""
+            kept.keep(of_own(kept_g, what), value.astype(bf16), interpreted=blocks.interpreted)
+
+        def read(what: int):
+            return kept.kept(of_own(kept_g, what), interpreted=blocks.interpreted).astype(f32)
+
+        def weights_at(j, layer: int):
+            """Those that mini-batch j since the checkpoint starts with."""
+            return kept.kept(of_own(weights_g, j, layer), interpreted=blocks.interpreted)
+
+        def over_tokens(x):
+            """The sum, by way of SMEM: else the compiler adds up where the sum is read, and keeps `x` until then."""
+            sums_of_own = sums_s.at[own + zero(), pl.ds(0, D)]
+            sums_of_own[...] = x.sum(axis=1)
+            plgpu.commit_smem()
+            return load(sums_of_own, ROWS)
+
+        def together() -> None:
+            hopper.wait_for_each_other(everyone, interpreted=blocks.interpreted)
+
+        def over_slices(pair):
+            """A sum over all hidden units."""
+            return [pair(j) for j in range(SLICES)]
+
+        def over_warpgroups(ref):
+            """The sum over tokens of what each warpgroup had of its block."""
+            return hopper.total(load(ref.at[j], ROWS) for j in range(SLICES))
+
+        def step_size(at=slice(None)):
+            return over_rows(load(vectors().lr_update.at[at], COLUMNS))
+
+        def fetch(barrier, i, *copies: tuple[Any, Any]) -> None:
+            """From global memory, of mini-batch i."""
+            tokens = pl.ds(i * C, C)
+
+            @pl.when(own == 0)
+            def _():
+                for source, target in copies:
+                    of_mini_batch = (row, tokens, head) if source.ndim == 4 else (row, head, tokens)
+                    plgpu.copy_gmem_to_smem(source.at[*of_mini_batch], target, barrier)
+
+        @pl.when(own == 0)
+        def _():
+            plgpu.copy_gmem_to_smem(scale_g, vectors().scale, start_barrier)
+
+        plgpu.barrier_wait(start_barrier)
+        gamma, beta = (over_columns(load(ref.at[head], ROWS), BLOCK) for ref in (ln_scale_g, ln_bias_g))
+
+        def before_gelu(b1, at=slice(None), width: int = C):
+            """Layer 1 of keys."""
+            s = matrices()
+            return product((D, width), (s.weights.at[own], s.k.at[at].T)) + over_columns(b1, width)
+
+        def write_weights(w1t, w2t) -> None:
+            s = matrices()
+            s.weights.at[own][...], s.w2.at[own][...] = w1t, w2t
+            plgpu.commit_smem()
+
+        def inner_gradient(b2):
+            """Of layer 2, of the own block, to SMEM."""
+            s = matrices()
+            z2 = product((D, BLOCK), *over_slices(lambda j: (s.w2.at[j], s.hidden.at[j, :, at])))
+            target = load(s.values.at[at].T).astype(f32) - load(s.k.at[at].T).astype(f32)
+            keys = inner_loss().gradient(z2 + over_columns(b2, BLOCK), target, gamma, beta)
+            s.g2.at[:, at][...] = keys.g.astype(bf16)
+            return keys
+
+        def fetch_keys(i) -> None:
+            s = matrices()
+            fetch(recompute_barrier, i, (k_g, s.k), (v_g, s.values), (lr_update_g, vectors().lr_update))
+
+        def recompute(first, count, j, weights):
+            """Forward over mini-batch `first + j`, keeping the weights that it starts with."""
+            w1t, b1, w2t, b2 = weights
+            plgpu.barrier_wait(recompute_barrier)
+            operands = w1t.astype(bf16), w2t.astype(bf16)
+            for layer, (weight, bias) in enumerate(zip(operands, (b1, b2), strict=True)):
+                kept.keep(of_own(weights_g, j, layer), weight, interpreted=blocks.interpreted)
+                of_own(biases_g, j, layer)[...] = bias
+            write_weights(*operands)
+            matrices().hidden.at[own][...] = inner.gelu(before_gelu(b1)).astype(bf16)
+            together()
+            g2_step = inner_gradient(b2).g * step_size(at)
+            matrices().d_z2_q.at[:, at][...] = (-g2_step).astype(bf16)
+            vectors().of_blocks.at[own][...] = g2_step.sum(axis=1)
+            together()
+
+            def back(i, step1):
+                s, of_block = matrices(), mini_batches.block(0, i)
+                g1 = product((D, BLOCK), (s.w2.at[own].T, s.g2.at[:, of_block]))
+                g1_step = g1 * inner.gelu_gradient(before_gelu(b1, of_block, BLOCK)) * step_size(of_block)
+                s.g1.at[own, :, of_block][...] = (-g1_step).astype(bf16)
+                return step1 + g1_step.sum(axis=1)
+
+            step1 = mini_batches.over_blocks(back, jnp.zeros_like(b1))
+            plgpu.commit_smem()
+            s, fused = matrices(), not blocks.interpreted
+            w1t = hopper.updated(w1t, s.g1.at[own], s.k, fused=fused)
+            w2t = hopper.updated(w2t, s.d_z2_q, s.hidden.at[own].T, fused=fused)
+            b1, b2 = b1 - step1, b2 - over_warpgroups(vectors().of_blocks)
+            together()
+            pl.when(j + 1 < count)(lambda: fetch_keys(first + j + 1))
+            return w1t, b1, w2t, b2
+
+        is_seen = mini_batches.is_seen(0, own, causal=causal)
+
+        def steps():
+            """[C, BLOCK]: minus the step sizes of the sources that a reader sees; its own scale."""
+            step = jnp.where(is_seen, -over_columns(load(vectors().lr_read, ROWS), BLOCK), 0.0)
+            return step, over_rows(load(vectors().scale.at[at], COLUMNS))
+
+        def attend():
+            """[C, BLOCK]: how the own block's readers attend to keys."""
+            s = matrices()
+            return jnp.where(is_seen, product((C, BLOCK), (s.k, s.q.at[at].T)) + 1.0, 0.0)
+
+        def fetch_others(i) -> None:
+            """What is not read at the end of the mini-batch before."""
+            s = matrices()
+            fetch(back_barrier, i, (v_g, s.values), (d_out_g, s.readers), (lr_read_g, vectors().lr_read))
+
+        def fetch_queries_and_keys(i) -> None:
+            s = matrices()
+            fetch(back_barrier, i, (q_g, s.q), (k_g, s.k), (lr_update_g, vectors().lr_update))
+
+        def mini_batch(first, j, carry):
+            """Back over mini-batch `first + j`; then come those before it, down to `first`."""
+            d_b1, d_b2, d_gamma, d_beta = carry
+            b1, b2 = (load(of_own(biases_g, j, layer), ROWS) for layer in range(2))
+            write_weights(*(weights_at(j, layer) for layer in range(2)))
+            plgpu.barrier_wait(back_barrier)
+
+            # The forward pass again. By slices: the hidden layer of the keys.
+            z1 = before_gelu(b1)
+            keep(_Z1, z1)
+            matrices().hidden.at[own][...] = inner.gelu(z1).astype(bf16)
+
+            @pl.when(own == 0)
+            def _():
+                plgpu.wait_smem_to_gmem(0)  # the results of the mini-batch before
+
+            together()
+            # By tokens: the inner gradient, and how readers attend to keys.
+            keys = inner_gradient(b2)
+            s = matrices()
+            step, by_reader = steps()
+            s.mixing.at[:, at][...] = (attend() * by_reader * step).astype(bf16)
+            together()
+            # By slices: layer 1's inner gradient, and the hidden layer of the readers.
+            s = matrices()
+            d_x = product((D, C), (s.w2.at[own].T, s.g2))
+            s.g1.at[own][...] = (d_x * inner.gelu_gradient(read(_Z1))).astype(bf16)
+            plgpu.commit_smem()
+            s = matrices()
+            z1_q = product((D, C), (s.weights.at[own], s.q.T), (s.g1.at[own], s.mixing)) + over_columns(b1, C)
+            keep(_SLOPE_Q, inner.gelu_gradient(z1_q))
+            s.hidden_q.at[own][...] = inner.gelu(z1_q).astype(bf16)
+            s.weights.at[own][...] = load(of_own(d_w2t_g)).astype(bf16)
+            together()
+
+            # By tokens: back through layer 2 of the readers, and through its step for the keys.
+            s = matrices()
+            attention2 = product((C, BLOCK), *over_slices(lambda j: (s.hidden.at[j].T, s.hidden_q.at[j, :, at])))
+            attention2 = jnp.where(is_seen, attention2 + 1.0, 0.0)
+            step, by_reader = steps()
+            s.mixing2.at[:, at][...] = (attention2 * by_reader * step).astype(bf16)
+            plgpu.commit_smem()
+            s = matrices()
+            z2 = product(
+                (D, BLOCK),
+                *over_slices(lambda j: (s.w2.at[j], s.hidden_q.at[j, :, at])),
+                (s.g2, s.mixing2.at[:, at]),
+            )
+            d_out = load(s.readers.at[at].T)
+            normalized, rstd = inner_loss().normalize(z2 + over_columns(b2, BLOCK))
+            of_out = d_out.astype(f32)
+            d_gamma, d_beta = d_gamma + over_tokens(of_out * normalized), d_beta + over_tokens(of_out)
+            d_z2_q = rstd * inner_loss().without_projections(of_out * gamma, normalized)
+            s.d_z2_q.at[:, at][...] = d_z2_q.astype(bf16)
+            vectors().of_blocks.at[own][...] = d_z2_q.sum(axis=1)
+            plgpu.commit_smem()
+            s = matrices()
+            d_mixing2 = jnp.where(is_seen, product((C, BLOCK), (s.g2.T, s.d_z2_q.at[:, at])), 0.0)
+            s.d_attention2.at[:, at][...] = (d_mixing2 * by_reader * step).astype(bf16)
+            of_reader = d_mixing2 * attention2
+            d_step2 = product((D, BLOCK), *over_slices(lambda j: (s.weights.at[j], s.hidden.at[j, :, at])))
+            d_step2 = d_step2 + over_columns(d_b2, BLOCK)
+            d_lr = inner_loss().total(keys.g * d_step2)
+            together()
+
+            # By slices: back through layer 1 of the readers, and through layer 1's step and its inner gradient.
+            s = matrices()
+            d_b2 = d_b2 + over_warpgroups(vectors().of_blocks)
+            d_g2 = product((D, BLOCK), (s.d_z2_q, s.mixing2.at[at].T)) - d_step2 * step_size(at)
+            of_x = product((D, C), (s.hidden_q.at[own], s.d_attention2.T))
+            of_x = of_x - product((D, C), (s.weights.at[own].T, s.g2)) * step_size()
+            keep(_OF_Z1, of_x * inner.gelu_gradient(read(_Z1)))
+            s = matrices()
+            keep(_OF_W2, product((D, D), (s.d_z2_q, s.hidden_q.at[own].T)))
+            d_x_q = product((D, C), (s.w2.at[own].T, s.d_z2_q), (s.hidden.at[own], s.d_attention2))
+            d_z1_q = d_x_q * read(_SLOPE_Q)
+            s.hidden_q.at[own][...] = d_z1_q.astype(bf16)
+            next_d_b1 = d_b1 + over_tokens(d_z1_q)
+            s.weights.at[own][...] = load(of_own(d_w1t_g)).astype(bf16)
+            plgpu.commit_smem()
+            s = matrices()
+            d_step1 = product((D, C), (s.weights.at[own], s.k.T)) + over_columns(d_b1, C)
+            vectors().of_layer1.at[own][...] = inner_loss().total(load(s.g1.at[own]).astype(f32) * d_step1)
+            d_g1 = product((D, C), (s.hidden_q.at[own], s.mixing.T)) - d_step1 * step_size()
+            z1 = read(_Z1)
+            s.hidden.at[own][...] = (d_g1 * inner.gelu_gradient(z1)).astype(bf16)
+            d_x = product((D, C), (s.w2.at[own].T, s.g2))
+            keep(_OF_Z1, read(_OF_Z1) + d_g1 * d_x * inner.gelu_second_derivative(z1))
+            d_b1 = next_d_b1
+            together()
+
+            # By tokens: back through layer 1's attention, and through layer 2's inner gradient.
+            s = matrices()
+            d_mixing1 = product((C, BLOCK), *over_slices(lambda j: (s.g1.at[j].T, s.hidden_q.at[j, :, at])))
+            d_mixing1 = jnp.where(is_seen, d_mixing1, 0.0)
+            step, by_reader = steps()
+            s.mixing.at[:, at][...] = (d_mixing1 * by_reader * step).astype(bf16)
+            of_reader = of_reader + d_mixing1 * attend()
+            vectors().of_readers.at[own][...] = (of_reader * by_reader).sum(axis=1)
+            vectors().d_scale.at[at][...] = inner_loss().total(of_reader * step)
+            s = matrices()
+            d_g2 = d_g2 + product((D, BLOCK), *over_slices(lambda j: (s.w2.at[j], s.hidden.at[j, :, at])))
+            of_step1 = product((D, BLOCK), *over_slices(lambda j: (s.weights.at[j].T, s.g1.at[j, :, at])))
+            of_layer1 = hopper.total(load(vectors().of_layer1.at[j, at], COLUMNS) for j in range(SLICES))
+            vectors().d_lr_update.at[at][...] = -(of_layer1 + d_lr)
+            d = inner_loss().back_through_gradient(d_g2, keys, gamma)
+            s.d_z2.at[:, at][...] = d.d_z.astype(bf16)
+            vectors().of_blocks.at[own][...] = d.d_z.sum(axis=1)
+            d_gamma, d_beta = d_gamma + over_tokens(d.d_gamma), d_beta + over_tokens(d.d_beta)
+            of_key = d.d_target + of_step1 * step_size(at)
+            together()
+
+            # By slices: back through the layers of the keys, to the weights.
+            s = matrices()
+            d_b2 = d_b2 + over_warpgroups(vectors().of_blocks)
+            fused = not blocks.interpreted
+            d_w2 = load(of_own(d_w2t_g)) + read(_OF_W2)
+            d_w2 = hopper.updated(d_w2, s.g2, s.hidden.at[own].T, fused=fused)
+            plgpu.commit_smem()
+            s.hidden.at[own][...] = inner.gelu(read(_Z1)).astype(bf16)
+            plgpu.commit_smem()
+            s = matrices()
+            of_own(d_w2t_g)[...] = hopper.updated(d_w2, s.d_z2, s.hidden.at[own].T, fused=fused)
+            d_z1 = product((D, C), (s.w2.at[own].T, s.d_z2)) * inner.gelu_gradient(read(_Z1)) + read(_OF_Z1)
+            s.hidden.at[own][...] = d_z1.astype(bf16)
+            s.weights.at[own][...] = weights_at(j, 0)
+            d_b1 = d_b1 + over_tokens(d_z1)
+            plgpu.commit_smem()
+            s = matrices()
+            d_w1 = hopper.updated(load(of_own(d_w1t_g)), s.hidden.at[own], s.k, fused=fused)
+            of_own(d_w1t_g)[...] = hopper.updated(d_w1, s.hidden_q.at[own], s.q, fused=fused)
+            together()
+
+            # By tokens: back to the queries and the keys.
+            pl.when(j > 0)(lambda: fetch_others(first + j - 1))
+            s = matrices()
+            d_q_s, d_k_s, d_v_s = (s.g1.at[result] for result in range(3))
+            d_q = product(
+                (D, BLOCK),
+                *over_slices(lambda j: (s.weights.at[j].T, s.hidden_q.at[j, :, at])),
+                (s.k.T, s.mixing.at[:, at]),
+            )
+            d_q_s.at[at].T[...] = (d_out.astype(f32) + d_q).astype(bf16)
+            d_k = product(
+                (D, BLOCK),
+                *over_slices(lambda j: (s.weights.at[j].T, s.hidden.at[j, :, at])),
+                (s.q.T, s.mixing.at[at].T),
+            )
+            d_k_s.at[at].T[...] = (d_k - of_key).astype(bf16)
+            d_v_s.at[at].T[...] = d.d_target.astype(bf16)
+
+            @pl.when(own == 0)
+            def _():
+                vectors().d_lr_read[...] = -over_warpgroups(vectors().of_readers)
+
+            together()
+
+            @pl.when(own == 0)
+            def _():
+                tokens = pl.ds((first + j) * C, C)
+                for source, target in ((d_q_s, d_q_g), (d_k_s, d_k_g), (d_v_s, d_v_g)):
+                    plgpu.copy_smem_to_gmem(source, target.at[row, tokens, head])
+                for source, target in (
+                    (vectors().d_lr_read, d_lr_read_g),
+                    (vectors().d_lr_update, d_lr_update_g),
+                    (vectors().d_scale, d_scale_g),
+                ):
+                    plgpu.copy_smem_to_gmem(source, target.at[row, head, tokens])
+
+            pl.when(j > 0)(lambda: fetch_queries_and_keys(first + j - 1))
+            return d_b1, d_b2, d_gamma, d_beta
+
+        def group(i, carry):
+            at = num_groups - 1 - i
+            first = at * every
+            count = jnp.minimum(jnp.int32(per_group), num_mini_batches - first)
+            weights = (
+                load(w1t_kept_g.at[row, head, at, own]),
+                load(b1_kept_g.at[row, head, at, own], ROWS),
+                load(w2t_kept_g.at[row, head, at, own]),
+                load(b2_kept_g.at[row, head, at], ROWS),
+            )
+
+            @pl.when(own == 0)
+            def _():
+                plgpu.wait_smem_to_gmem(0)  # the results of the mini-batch before
+
+            fetch_keys(first)
+            lax.fori_loop(jnp.int32(0), count, lambda j, weights: recompute(first, count, j, weights), weights)
+            last = first + count - 1
+            fetch_others(last)
+            fetch_queries_and_keys(last)
+            return lax.fori_loop(jnp.int32(0), count, lambda j, carry: mini_batch(first, count - 1 - j, carry), carry)
+
+        for end, target in ((d_w1t_end_g, d_w1t_g), (d_w2t_end_g, d_w2t_g)):
+            of_own(target)[...] = load(of_own(end))
+        d_b1, d_b2 = load(of_own(d_b1_end_g), ROWS), load(d_b2_end_g.at[row, head], ROWS)
+        zeros = jnp.zeros_like(d_b1)
+        d_b1, d_b2, d_gamma, d_beta = lax.fori_loop(
+            jnp.int32(0), jnp.int32(num_groups), group, (d_b1, d_b2, zeros, zeros)
+        )
+        of_own(d_b1_g)[...] = d_b1
+        of_own(d_ln_scale_g)[...], of_own(d_ln_bias_g)[...] = d_gamma, d_beta
+
+        @pl.when(own == 0)
+        def _():
+            d_b2_g.at[row, head][...] = d_b2
+            plgpu.wait_smem_to_gmem(0)
+
+    def matrix(*shape: int) -> Any:
+        return plgpu.SMEM((1, *shape), bf16, transforms=hopper.over_tokens(BLOCK))
+
+    def float32(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, f32)
+
+    of_tokens, of_steps = jax.ShapeDtypeStruct(q.shape, bf16), float32(*rows, num_tokens)
+    of_weights = tuple(float32(*x.shape) for x in (d_w1t, d_b1, d_w2t, d_b2))
+    results = plgpu.kernel(
+        body,
+        out_type=(
+            *(of_tokens,) * 3,
+            *(of_steps,) * 3,
+            *of_weights,
+            *(float32(*rows, SLICES, D),) * 2,
+            jax.ShapeDtypeStruct((*rows, SLICES, per_group, 2, D, D), bf16),
+            float32(*rows, SLICES, per_group, 2, D),
+            jax.ShapeDtypeStruct((*rows, SLICES, 4, D, C), bf16),
+        ),
+        grid=rows,
+        grid_names=("row", "head"),
+        num_threads=SLICES,
+        thread_name=AXIS,
+        scratch_types=[
+            *(plgpu.SMEM((1, 6, C), f32), plgpu.SMEM((1, 3, SLICES, D), f32)),
+            sums.scratch(SLICES),
+            hopper.HIDDEN_ZERO,
+            *(plgpu.Barrier(num_arrivals=arrivals) for arrivals in (1, 3, 6)),
+            plgpu.Barrier(num_arrivals=SLICES),
+            *(matrix(C, D),) * 4,
+            *(matrix(SLICES, D, D),) * 2,
+            *(matrix(SLICES, D, C),) * 3,
+            *(matrix(C, C),) * 3,
+        ],
+        compiler_params=hopper.compiler_params(),
+        interpret=interpret,
+    )(
+        *(q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t),
+        *(d_b1, d_w2t, d_b2),
+    )
+    return *results[:10], *(x.sum(axis=2) for x in results[10:12])
