@@ -464,7 +464,7 @@ class ExperimentConfig:
         self._check_sections()
         groups, rows = self.optimizer.accumulate, self.data.batch_size
         dtype, default = self.precision.activations, type(self.model).dtype
-        is_possible = _has_ttt(self.model) or self.optimizer.train != "ttt"
+        is_possible = self.model.ttt_config is not None or self.optimizer.train != "ttt"
         _require(
             seed=(0 <= self.seed < 2**31, "a non-negative 31-bit integer", self.seed),
             **{"optimizer.accumulate": (rows % groups == 0, f"a divisor of data.batch_size = {rows}", groups)},
@@ -499,13 +499,6 @@ class ExperimentConfig:
             **{"optimizer.train": (is_moshi or self.optimizer.train != "lora", _ONLY_MOSHI, self.optimizer.train)},
             **{"log.audio_every_steps": (is_moshi or not self.log.audio_every_steps, _ONLY_MOSHI, "more than 0")},
         )
-
-
-def _has_ttt(model: Any) -> bool:
-    """Whether there are TTT layers; some models may have none."""
-    if isinstance(model, InfillConfig):
-        return model.ssm_layer is not None
-    return not isinstance(model, MoshiConfig) or bool(model.ttt_layers)
 
 
 def with_vocabulary(model: Mapping[str, Any], info: TokenInfo) -> MoshiConfig:

@@ -9,9 +9,7 @@ from jax.sharding import Mesh
 
 from ttt_jax.checkpoint import load, load_shapes
 from ttt_jax.convert.checks import check_tensors
-from ttt_jax.layers.ttt import TTTConfig
-from ttt_jax.models.moshi import MoshiConfig, lora
-from ttt_jax.models.moshi.model import ttt_config
+from ttt_jax.models.moshi import lora
 from ttt_jax.training import distributed, sharding
 from ttt_jax.training.config import ExperimentConfig
 from ttt_jax.training.objective import objective_of
@@ -73,12 +71,6 @@ def check_init_from(config: ExperimentConfig) -> None:
         _check(config, *load_shapes(config.init_from))
 
 
-def _inner_loop(model: Any) -> TTTConfig | None:
-    if not isinstance(model, MoshiConfig):
-        return model.ttt_config
-    return ttt_config(model) if model.ttt_layers else None
-
-
 def _check(config: ExperimentConfig, model: Any, params: Any) -> None:
     if type(model) is not type(config.model):
         expected, got = (type(m).__name__.removesuffix("Config") for m in (config.model, model))
@@ -86,7 +78,7 @@ def _check(config: ExperimentConfig, model: Any, params: Any) -> None:
     compared = [
         (name, getattr(model, name), getattr(config.model, name)) for name in objective_of(config).not_in_the_shapes
     ]
-    loops = _inner_loop(model), _inner_loop(config.model)
+    loops = model.ttt_config, config.model.ttt_config
     if None not in loops:
         compared += [(f"the TTT layers' {name}", *(getattr(loop, name) for loop in loops)) for name in INNER_LOOP]
     differing = [

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ttt_jax.layers.ttt import TTTConfig
 from ttt_jax.models.moshi import kyutai
 
 AttentionKind = Literal["window", "segment"]
@@ -267,13 +268,22 @@ class MoshiConfig:
         return () if self.ttt is None else self.ttt.layers
 
     @property
+    def ttt_config(self) -> TTTConfig | None:
+        """The config of its TTT layers, None without."""
+        ttt = self.ttt
+        if ttt is None or not ttt.layers:
+            return None
+        options = {"backbone": ttt.backbone, "mini_batch_size": ttt.mini_batch_size, "base_lr": ttt.base_lr}
+        return TTTConfig.ttt_lm(ttt.kind, self.dim, ttt.num_heads or self.num_heads, **options)
+
+    @property
     def longest_context(self) -> int:
         """Frames that the attention of the layer that sees most sees, without sinks."""
         return max(self.layer_attention(layer).context for layer in range(self.num_layers))
 
-    def has_ttt(self, layer: int) -> bool:
-        """Whether temporal layer `layer` has a TTT layer."""
-        return layer in self.ttt_layers
+    def layer_ttt(self, layer: int) -> TTTConfig | None:
+        """The config of the TTT layer of temporal layer `layer`, None where it has none."""
+        return self.ttt_config if layer in self.ttt_layers else None
 
     def layer_attention(self, layer: int) -> LayerAttention:
         """Kind, context and sinks of the attention of temporal layer `layer`."""

@@ -19,7 +19,7 @@ from ttt_jax.layers.linear import LORA, linear
 from ttt_jax.layers.mlp import KERNEL_INIT, GatedMLP, gated_hidden_size
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.layers.rope import RotaryEmbedding
-from ttt_jax.layers.ttt import TTTConfig, TTTLayer, init_layer_state
+from ttt_jax.layers.ttt import TTTLayer, init_layer_state
 from ttt_jax.models.moshi.conditions import LookupConditioner, sum_of_vectors
 from ttt_jax.models.moshi.config import ABSENT, MoshiConfig, check_codes, check_codes_shape, check_tokens_shape
 from ttt_jax.models.moshi.delays import delay, delay_mask, undelay
@@ -48,21 +48,6 @@ class LayerState(NamedTuple):
     ttt: Any  # the TTT layer's state, None without TTT
 
 
-def ttt_config(config: MoshiConfig) -> TTTConfig:
-    """The TTT layers' config that `config.ttt` asks for."""
-    ttt = config.ttt
-    if ttt is None:
-        raise ValueError("config.ttt is None: this Moshi has no TTT layers")
-    return TTTConfig.ttt_lm(
-        ttt.kind,
-        config.dim,
-        ttt.num_heads or config.num_heads,
-        backbone=ttt.backbone,
-        mini_batch_size=ttt.mini_batch_size,
-        base_lr=ttt.base_lr,
-    )
-
-
 def init_state(config: MoshiConfig, params, batch_size: int) -> tuple[LayerState, ...]:
     """The state of `batch_size` fresh rows, for `Moshi.temporal`; `params` is Moshi's parameter tree.
 
@@ -79,10 +64,10 @@ def init_state(config: MoshiConfig, params, batch_size: int) -> tuple[LayerState
         attention, dtype = config.layer_attention(i), jnp.dtype(config.dtype)
         heads, head_dim = config.num_heads, config.dim // config.num_heads
         cache = init_attention_cache(batch_size, attention.context, heads, head_dim, dtype, sinks=attention.sinks)
-        ttt = None
-        if config.has_ttt(i):
-            ttt = init_layer_state(ttt_config(config), params[f"layers_{i}"]["ttt"], batch_size, dtype)
-        states.append(LayerState(cache, ttt))
+        ttt, state = config.layer_ttt(i), None
+        if ttt is not None:
+            state = init_layer_state(ttt, params[f"layers_{i}"]["ttt"], batch_size, dtype)
+        states.append(LayerState(cache, state))
     return tuple(states)
 
 
@@ -123,8 +108,9 @@ class Block(nn.Module):
         c = self.config
         cache, ttt_state = (None, None) if state is None else state
         branch, cache = SelfAttention(c, self.layer, name="self_attn")(RMSNorm(name="norm1")(x), cache, length, reset)
-        if c.ttt is not None and c.has_ttt(self.layer):
-            learned, ttt_state = TTTLayer(ttt_config(c), dtype=jnp.dtype(c.dtype), zero_init=True, name="ttt")(
+        ttt = c.layer_ttt(self.layer)
+        if c.ttt is not None and ttt is not None:
+            learned, ttt_state = TTTLayer(ttt, dtype=jnp.dtype(c.dtype), zero_init=True, name="ttt")(
                 RMSNorm(name="norm_ttt")(branch), ttt_state, length=length, reset=reset
             )
             branch = branch + self._gate(c.ttt.gate_init).astype(x.dtype)[None, None] * learned
