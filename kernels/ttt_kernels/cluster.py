@@ -127,7 +127,7 @@ class _Arrivals:
 
         def initialize(_, barrier):
             first = mgpu.single_thread_predicate(scope=mgpu.ThreadSubset.BLOCK)
-            nvvm.mbarrier_init(_pointer(barrier), mgpu.c(_WARPS, _int32()), predicate=first)
+            nvvm.mbarrier_init(_pointer(barrier), mgpu.c(_WARPS, hopper.int32()), predicate=first)
             mgpu.utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
             mgpu.warpgroup_barrier()
 
@@ -152,8 +152,8 @@ class _Arrivals:
                 }
                 """,
                 _pointer(barrier),
-                mgpu.c(num_bytes // _WARPS, _int32()),
-                result_types=_int32(),
+                mgpu.c(num_bytes // _WARPS, hopper.int32()),
+                result_types=hopper.int32(),
                 has_side_effects=True,
                 convergent=True,
             )
@@ -171,7 +171,7 @@ class _Arrivals:
             # Else the compiler packs values into pairs before the product that they come from has ended.
             value = mgpu.optimization_barrier(value)
             phases: Any = None
-            arrivals = mgpu.BarrierRef(_pointer(barrier), mgpu.c(0, _int32()), phases, 1)
+            arrivals = mgpu.BarrierRef(_pointer(barrier), mgpu.c(0, hopper.int32()), phases, 1)
             for i in range(SLICES):
                 peer = arith.remui(arith.addi(gpu.cluster_block_id(x), mgpu.c(i, index)), mgpu.c(SLICES, index))
                 value.store_tiled_async(
@@ -184,13 +184,11 @@ class _Arrivals:
         """Until all has come."""
 
         def wait(_, barrier, parity):
-            nvvm.mbarrier_try_wait_parity(_pointer(barrier), parity.registers.item(), mgpu.c(10_000_000, _int32()))
+            nvvm.mbarrier_try_wait_parity(
+                _pointer(barrier), parity.registers.item(), mgpu.c(10_000_000, hopper.int32())
+            )
 
         hopper.inline(wait, plgpu.RefType(), plgpu.Layout.WG_SPLAT)(self.barrier, parity)
-
-
-def _int32() -> Any:
-    return ir.IntegerType.get_signless(32)
 
 
 def _pointer(barrier: Any) -> Any:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import gpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import gpu, vector
 
 from ttt_kernels import interpreter
 
@@ -264,6 +265,16 @@ def inline(function: Callable[..., Any], *arguments: Any, result: Any = None) ->
     """A function of Pallas' from one that writes Mosaic's code."""
     inlined: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=result)
     return inlined(function)
+
+
+def int32() -> Any:
+    """Mosaic's type."""
+    return ir.IntegerType.get_signless(32)
+
+
+def element(vector_of_registers, i: int) -> Any:
+    """Element i of a vector in Mosaic's code."""
+    return vector.extract(vector_of_registers, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
 
 def fetch(barrier, *copies: tuple[Any, Any]) -> None:

@@ -3,8 +3,6 @@
 A thread reads what it wrote, so there is nothing to wait for. Row by row, bfloat16 would fill half of each sector.
 """
 
-from typing import Any
-
 import jax
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
@@ -39,15 +37,11 @@ def kept(ref, *, interpreted: bool) -> jax.Array:
     return hopper.inline(_load, plgpu.RefType(), result=result)(ref)
 
 
-def _int32() -> Any:
-    return ir.IntegerType.get_signless(32)
-
-
 def _address(ref):
     """In global memory, of a thread's first words."""
-    thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(_THREADS, _int32()))
+    thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(_THREADS, hopper.int32()))
     start = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(ref))
-    return mgpu.utils.getelementptr(start, [thread], ir.VectorType.get((_WORDS,), _int32()))
+    return mgpu.utils.getelementptr(start, [thread], ir.VectorType.get((_WORDS,), hopper.int32()))
 
 
 def _offset(i: int) -> int:
@@ -59,8 +53,8 @@ def _store(_, value, ref) -> None:
     words = []
     for register in value.registers.reshape(-1):
         size = _words_of(register.type)
-        of_register = vector.bitcast(ir.VectorType.get((size,), _int32()), register)
-        words += [_element(of_register, i) for i in range(size)]
+        of_register = vector.bitcast(ir.VectorType.get((size,), hopper.int32()), register)
+        words += [hopper.element(of_register, i) for i in range(size)]
     address = _address(ref)
     for i in range(0, len(words), _WORDS):
         mgpu.utils.inline_ptx(
@@ -80,12 +74,12 @@ def _load(_, ref):
         words += mgpu.utils.inline_ptx(
             f"ld.relaxed.cta.global.v4.b32 {{$0, $1, $2, $3}}, [$4+{_offset(i)}];",
             address,
-            result_types=(_int32(),) * _WORDS,
+            result_types=(hopper.int32(),) * _WORDS,
             has_side_effects=True,
         )
     registers = np.empty(shape, object)
     for i, at in enumerate(np.ndindex(shape)):
-        of_register = vector.from_elements(ir.VectorType.get((size,), _int32()), words[size * i :][:size])
+        of_register = vector.from_elements(ir.VectorType.get((size,), hopper.int32()), words[size * i :][:size])
         registers[at] = vector.bitcast(register, of_register)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
@@ -93,7 +87,3 @@ def _load(_, ref):
 def _words_of(register) -> int:
     found = ir.VectorType(register)
     return found.shape[0] * mgpu.bitwidth(found.element_type) // 32
-
-
-def _element(value, i: int):
-    return vector.extract(value, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))

@@ -23,7 +23,6 @@ def forward(q, *arguments: Any, keep: bool, **options: Any) -> Any:
 
 def backward(q, k, v, lr_read, lr_update, scale, *arguments: Any, blocks: MLPBlocks, **options: Any) -> Any:
     """As `mlp_backward.backward`."""
-    kernel = mlp_backward if scale.shape[0] == mlp_backward.C else mlp_backward_c64
-    if kernel is mlp_backward_c64 and blocks.one_block:
-        kernel = mlp_backward_c64_one_block
+    of_c64 = mlp_backward_c64_one_block if blocks.one_block else mlp_backward_c64
+    kernel = mlp_backward if scale.shape[0] == mlp_backward.C else of_c64
     return kernel.backward(q, k, v, lr_read, lr_update, scale, *arguments, blocks=blocks, **options)

@@ -5,6 +5,7 @@ back. As in the forward kernel each has a slice of 64 hidden units, and what sum
 warpgroup, which reads what the others left in SMEM: of a mini-batch's keys by the first, of its readers by the second.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,12 +85,10 @@ def backward(
         d_q, d_k, d_v `[B, T, H, 64]` bfloat16; float32: d_lr_read, d_lr_update and d_scale of each token `[B, H, T]`,
         the derivatives by the first weights, d_ln_scale and d_ln_bias of each row `[B, H, 64]`.
     """
-    batch_size, num_tokens, num_heads, _ = q.shape
-    num_mini_batches = num_tokens // C
+    num_mini_batches = q.shape[1] // C
     every = blocks.tiles_per_checkpoint * TILE // C
     per_group, num_groups = min(every, num_mini_batches), -(-num_mini_batches // every)
     f32, bf16 = jnp.float32, jnp.bfloat16
-    rows = (batch_size, num_heads)
 
     def body(
         q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, w1t_kept_g, b1_kept_g, w2t_kept_g, b2_kept_g, ln_scale_g,
@@ -475,29 +474,18 @@ def backward(
     def matrix(*shape: int) -> Any:
         return plgpu.SMEM((1, *shape), bf16, transforms=hopper.over_tokens(C))
 
-    def float32(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, f32)
-
     def vector(*shape: int) -> Any:
         return plgpu.SMEM(shape, f32)
 
-    of_tokens, of_steps = jax.ShapeDtypeStruct(q.shape, bf16), float32(*rows, num_tokens)
-    of_weights = tuple(float32(*x.shape) for x in (d_w1t, d_b1, d_w2t, d_b2))
-    results = plgpu.kernel(
+    arguments = (
+        *(q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t),
+        *(d_b1, d_w2t, d_b2),
+    )
+    return launch(
         body,
-        out_type=(
-            *(of_tokens,) * 3,
-            *(of_steps,) * 3,
-            *of_weights,
-            *(float32(*rows, SLICES, D),) * 2,
-            jax.ShapeDtypeStruct((*rows, SLICES, per_group, 2, D, D), bf16),
-            float32(*rows, SLICES, per_group, 2, D),
-        ),
-        grid=rows,
-        grid_names=("row", "head"),
-        num_threads=SLICES,
-        thread_name=AXIS,
-        scratch_types=[
+        arguments,
+        mini_batches=per_group,
+        scratch=[
             *(vector(_STAGES + 3, _ALIGNED), vector(4 + _STAGES, D)),
             sums.scratch(SLICES),
             hopper.HIDDEN_ZERO,
@@ -510,10 +498,54 @@ def backward(
             *(matrix(SLICES, D, 6 * C), matrix(D, 4 * C)),
             *(matrix(TILE, C),) * 3,
         ],
-        compiler_params=hopper.compiler_params(auto_barriers=False),
+        auto_barriers=False,
         interpret=interpret,
-    )(
-        *(q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t),
-        *(d_b1, d_w2t, d_b2),
     )
+
+
+def launch(
+    body, arguments, *, mini_batches: int, more: Sequence[Any] = (), scratch: Sequence[Any], auto_barriers: bool,
+    interpret,
+):  # fmt: skip
+    """Runs a backward kernel of four warpgroups for each row and head.
+
+    Args:
+        body: gets `arguments`, references to the results, to the weights `[B, H, 4, mini_batches, 2, 64, 64]` bfloat16
+            and biases `[B, H, 4, mini_batches, 2, 64]` float32 that it keeps, to `more`, and to `scratch`.
+        arguments: those of `backward`.
+        mini_batches: between two checkpoints.
+        more: what else it keeps in global memory.
+        scratch: its types.
+        auto_barriers: see `hopper.compiler_params`.
+        interpret: the interpreter's parameters, or None.
+
+    Returns:
+        As `backward`.
+    """
+    q, *_, d_w1t, d_b1, d_w2t, d_b2 = arguments
+    batch_size, num_tokens, num_heads, _ = q.shape
+    rows = (batch_size, num_heads)
+
+    def float32(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    results = plgpu.kernel(
+        body,
+        out_type=(
+            *(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),) * 3,
+            *(float32(*rows, num_tokens),) * 3,
+            *(float32(*x.shape) for x in (d_w1t, d_b1, d_w2t, d_b2)),
+            *(float32(*rows, SLICES, D),) * 2,
+            jax.ShapeDtypeStruct((*rows, SLICES, mini_batches, 2, D, D), jnp.bfloat16),
+            float32(*rows, SLICES, mini_batches, 2, D),
+            *more,
+        ),
+        grid=rows,
+        grid_names=("row", "head"),
+        num_threads=SLICES,
+        thread_name=AXIS,
+        scratch_types=scratch,
+        compiler_params=hopper.compiler_params(auto_barriers=auto_barriers),
+        interpret=interpret,
+    )(*arguments)
     return *results[:10], *(x.sum(axis=2) for x in results[10:12])

@@ -20,6 +20,7 @@ from ttt_kernels import hopper, inner, kept, sums
 from ttt_kernels.blocks import MLPBlocks
 from ttt_kernels.cluster import AXIS, SLICES
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
+from ttt_kernels.mlp_backward import launch
 from ttt_kernels.tiles import MiniBatches
 
 C = TILE
@@ -87,8 +88,7 @@ def backward(
     d_w2t, d_b2, *, causal: bool, eps: float, blocks: MLPBlocks, interpret,
 ):  # fmt: skip
     """As `mlp_backward.backward`."""
-    batch_size, num_tokens, num_heads, _ = q.shape
-    num_mini_batches = num_tokens // C
+    batch_size, num_mini_batches, num_heads = q.shape[0], q.shape[1] // C, q.shape[2]
     every = blocks.tiles_per_checkpoint
     per_group, num_groups = min(every, num_mini_batches), -(-num_mini_batches // every)
     mini_batches = MiniBatches(C, BLOCK)
@@ -461,27 +461,16 @@ def backward(
     def matrix(*shape: int) -> Any:
         return plgpu.SMEM((1, *shape), bf16, transforms=hopper.over_tokens(BLOCK))
 
-    def float32(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, f32)
-
-    of_tokens, of_steps = jax.ShapeDtypeStruct(q.shape, bf16), float32(*rows, num_tokens)
-    of_weights = tuple(float32(*x.shape) for x in (d_w1t, d_b1, d_w2t, d_b2))
-    results = plgpu.kernel(
+    arguments = (
+        *(q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t),
+        *(d_b1, d_w2t, d_b2),
+    )
+    return launch(
         body,
-        out_type=(
-            *(of_tokens,) * 3,
-            *(of_steps,) * 3,
-            *of_weights,
-            *(float32(*rows, SLICES, D),) * 2,
-            jax.ShapeDtypeStruct((*rows, SLICES, per_group, 2, D, D), bf16),
-            float32(*rows, SLICES, per_group, 2, D),
-            jax.ShapeDtypeStruct((*rows, SLICES, 4, D, C), bf16),
-        ),
-        grid=rows,
-        grid_names=("row", "head"),
-        num_threads=SLICES,
-        thread_name=AXIS,
-        scratch_types=[
+        arguments,
+        mini_batches=per_group,
+        more=[jax.ShapeDtypeStruct((*rows, SLICES, 4, D, C), bf16)],
+        scratch=[
             *(plgpu.SMEM((1, 6, C), f32), plgpu.SMEM((1, 3, SLICES, D), f32)),
             sums.scratch(SLICES),
             hopper.HIDDEN_ZERO,
@@ -492,10 +481,6 @@ def backward(
             *(matrix(SLICES, D, C),) * 3,
             *(matrix(C, C),) * 3,
         ],
-        compiler_params=hopper.compiler_params(),
+        auto_barriers=True,
         interpret=interpret,
-    )(
-        *(q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t),
-        *(d_b1, d_w2t, d_b2),
     )
-    return *results[:10], *(x.sum(axis=2) for x in results[10:12])

@@ -41,7 +41,7 @@ def total(scratch, *, interpreted: bool) -> Callable[[jax.Array], jax.Array]:
 
 def _total(_, x, scratch):
     """Of a thread's registers each has a pair of columns, 2 (lane mod 4) and the next, of 8; of 64 rows it has two."""
-    int32 = ir.IntegerType.get_signless(32)
+    int32 = hopper.int32()
     pair, four = (ir.VectorType.get((size,), ir.F32Type.get()) for size in (2, 4))
 
     def number(value: int):
@@ -68,7 +68,7 @@ def _total(_, x, scratch):
         own = arith.select(arith.cmpi(arith.CmpIPredicate.eq, eight, number(i)), value, own)
     column = arith.addi(arith.muli(eight, number(8)), pair_of_lane)
     for i in range(2):
-        value = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), _element(own, i))
+        value = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), hopper.element(own, i))
         vector.store(value, scratch, [at(arith.addi(column, number(i)), warp)])
     mgpu.warpgroup_barrier()
     sums = []
@@ -76,7 +76,7 @@ def _total(_, x, scratch):
         found = []
         for j in range(2):
             of_warps = vector.load(four, scratch, [at(arith.addi(pair_of_lane, number(8 * i + j)), number(0))])
-            first, second, third, fourth = (_element(of_warps, w) for w in range(_WARPS))
+            first, second, third, fourth = (hopper.element(of_warps, w) for w in range(_WARPS))
             found.append(arith.addf(arith.addf(first, second), arith.addf(third, fourth)))
         sums.append(vector.from_elements(pair, found))
     mgpu.warpgroup_barrier()
@@ -87,7 +87,3 @@ def _total(_, x, scratch):
     return mgpu.FragmentedArray(
         _registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
     )
-
-
-def _element(value, i: int):
-    return vector.extract(value, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
