@@ -5,7 +5,9 @@ Writes JSON, plots, a wav and report.html into the directory (or --output).
 
 import pathlib
 
-from absl import app, flags, logging
+from absl import app, flags
+
+from ttt_jax import programs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py; its newest checkpoint is evaluated.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "One checkpoint, or a converted model; needs --data.")
@@ -23,12 +25,8 @@ TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 16, "Of each of these scenes' 
 OUTPUT = flags.DEFINE_string("output", None, "Directory for the results; by default the workdir or checkpoint.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Runs the benchmarks that the flags name."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     # Imported late so that `--help` and wrong flags answer at once.
     from ttt_jax.evaluation.run import SceneSizes, run
 
@@ -53,4 +51,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_mutual_exclusive(["workdir", "checkpoint"], required=True)
-    app.run(main)
+    programs.run(main)

@@ -9,8 +9,10 @@ processes of each other, else with `--coordinator=HOST:PORT --num_processes=N --
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
+
+from ttt_jax import programs
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, such as configs/quickstart.py.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, when there are several processes.")
@@ -20,12 +22,8 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes, as Slu
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: config, metrics, checkpoints.", required=True)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Runs the experiment that the flags name."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes at INFO.
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     # Imported late so that `--help` and wrong flags answer at once.
     from ttt_jax.training import distributed
 
@@ -54,4 +52,4 @@ def spelled_out(argument: str) -> str:
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
     sys.argv = [spelled_out(argument) for argument in sys.argv]  # which ml_collections reads, too
-    app.run(main)
+    programs.run(main)

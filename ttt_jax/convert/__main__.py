@@ -12,7 +12,9 @@ not needed. Memory stays near the largest parameter; a run that is stopped leave
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
+
+from ttt_jax import programs
 
 SOURCES = ("moshi", "mimi", "ttt_lm", "video_dit", "cogvideox")
 SOURCE = flags.DEFINE_enum("source", None, SOURCES, "What the weights are.")
@@ -40,21 +42,14 @@ BELONGS_TO = {
 """What flags are for, where they are not for everything."""
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Run the program."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if OUTPUT.value is None and not DRY_RUN.value:
         raise app.UsageError("--output is needed, the directory to write")
     if SOURCE.value is None and not REVERSE.value:
         raise app.UsageError(f"--source is needed: {', '.join(SOURCES)}")
     _check_flags("reverse" if REVERSE.value else SOURCE.value or "")
-    try:
-        (_reverse if REVERSE.value else _convert)()
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    (_reverse if REVERSE.value else _convert)()
 
 
 def _check_flags(mode: str) -> None:
@@ -94,4 +89,4 @@ def _reverse() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    programs.run(main)

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import flags
+
+from ttt_jax import programs
 
 
 def define_flags() -> flags.FlagValues:
@@ -28,19 +30,14 @@ def define_flags() -> flags.FlagValues:
     return flags.FLAGS
 
 
-def main(options: flags.FlagValues, argv: list[str]) -> None:
+def main(options: flags.FlagValues) -> None:
     """Run the program."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     from ttt_jax.models.mimi import MimiConfig
     from ttt_jax.models.moshi import MoshiConfig
 
     model = MoshiConfig if options.source == "moshi" else MimiConfig
     dtype = options.dtype or ("bfloat16" if model is MoshiConfig else "float32")
-    try:
-        write(model.from_kyutai(options.config or {}), pathlib.Path(options.output), dtype=dtype, seed=options.seed)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    write(model.from_kyutai(options.config or {}), pathlib.Path(options.output), dtype=dtype, seed=options.seed)
     print(options.output)
 
 
@@ -76,4 +73,4 @@ def _random(entries, seed: int) -> Iterator[np.ndarray]:
 
 
 if __name__ == "__main__":
-    app.run(functools.partial(main, define_flags()))
+    programs.run(functools.partial(main, define_flags()))

@@ -9,13 +9,13 @@ error. A rerun of the same command resumes. `--beam_options` does the work on a 
 import functools
 import os
 import pathlib
-import sys
 
 import numpy as np
 import soundfile
 import soxr
-from absl import app, flags
+from absl import flags
 
+from ttt_jax import programs
 from ttt_jax.data import dialogue, pipeline, text
 from ttt_jax.data.codecs import CODECS, Codec, get_codec
 from ttt_jax.data.speech import espeak
@@ -162,18 +162,13 @@ def define_flags() -> dict[str, flags.FlagHolder]:
     return {holder.name: holder for holder in holders}
 
 
-def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
+def main(holders: dict[str, flags.FlagHolder]) -> None:
     """Run the program."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     values = {name: holder.value for name, holder in holders.items()}
     values["output"] = pathlib.Path(values["output"])
     values["tokenizer"] = pathlib.Path(values["tokenizer"]) if values["tokenizer"] else None
     values["workers"] = values["workers"] or pipeline.default_workers(values["codec"])
-    try:
-        make(**values)
-    except (ValueError, RuntimeError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    make(**values)
 
 
 if __name__ == "__main__":
@@ -181,4 +176,4 @@ if __name__ == "__main__":
 
     holders = conversations.define_flags()
     flags.adopt_module_key_flags(conversations)  # for --help
-    app.run(functools.partial(conversations.main, holders))
+    programs.run(functools.partial(conversations.main, holders))

@@ -12,13 +12,13 @@ import functools
 import json
 import pathlib
 import shlex
-import sys
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from safetensors import safe_open
 
+from ttt_jax import programs
 from ttt_jax.data import videos
 
 CONVERT = (
@@ -139,15 +139,10 @@ def define_flags() -> dict[str, flags.FlagHolder]:
     return {holder.name: holder for holder in holders}
 
 
-def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
+def main(holders: dict[str, flags.FlagHolder]) -> None:
     """Run the program."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    try:
-        make(**{name: holder.value for name, holder in holders.items()})
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    make(**{name: holder.value for name, holder in holders.items()})
 
 
 if __name__ == "__main__":
-    app.run(functools.partial(main, define_flags()))
+    programs.run(functools.partial(main, define_flags()))

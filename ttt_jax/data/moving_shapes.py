@@ -11,12 +11,12 @@ import functools
 import hashlib
 import json
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from ttt_jax import programs
 from ttt_jax.data import videos
 
 COLOURS = {
@@ -167,15 +167,10 @@ def define_flags() -> dict[str, flags.FlagHolder]:
     return {holder.name: holder for holder in holders}
 
 
-def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
+def main(holders: dict[str, flags.FlagHolder]) -> None:
     """Run the program."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    try:
-        make(**{name: holder.value for name, holder in holders.items()})
-    except (ValueError, FileExistsError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    make(**{name: holder.value for name, holder in holders.items()})
 
 
 if __name__ == "__main__":
-    app.run(functools.partial(main, define_flags()))
+    programs.run(functools.partial(main, define_flags()))

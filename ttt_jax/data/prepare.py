@@ -25,8 +25,9 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
+from ttt_jax import programs
 from ttt_jax.data import audio, pipeline, text
 from ttt_jax.data.codecs import CODECS, Codec, get_codec
 
@@ -219,18 +220,13 @@ def define_flags() -> dict[str, flags.FlagHolder]:
     return {holder.name: holder for holder in holders}
 
 
-def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
+def main(holders: dict[str, flags.FlagHolder]) -> None:
     """Run the program."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     values = {name: holder.value for name, holder in holders.items()}
     for name in ("audio", "dataset", "output", "tokenizer"):
         values[name] = pathlib.Path(values[name]) if values[name] else None
     values["workers"] = values["workers"] or pipeline.default_workers(values["codec"])
-    try:
-        skipped = make(values.pop("audio"), values.pop("output"), **values)
-    except (ValueError, RuntimeError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    skipped = make(values.pop("audio"), values.pop("output"), **values)
     if skipped:
         print(f"{len(skipped)} files were skipped:", file=sys.stderr)
         for name, reason in skipped.items():
@@ -243,4 +239,4 @@ if __name__ == "__main__":
 
     holders = prepare.define_flags()
     flags.adopt_module_key_flags(prepare)  # for --help
-    app.run(functools.partial(prepare.main, holders))
+    programs.run(functools.partial(prepare.main, holders))

@@ -12,15 +12,15 @@ import itertools
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ttt_jax import programs
 from ttt_jax.evaluation.plots import bucket_middles, gap_axis
 from ttt_jax.evaluation.report import save_figure, text_table
 from ttt_jax.evaluation.results import write_result
@@ -307,17 +307,11 @@ def define_flags() -> tuple[flags.FlagHolder, flags.FlagHolder]:
 def main(
     make: Callable[[dict[str, list[pathlib.Path]], pathlib.Path], None],
     holders: tuple[flags.FlagHolder, flags.FlagHolder],
-    argv: list[str],
 ) -> None:
     """Run a program that compares groups of runs, of which `make` writes the result into a directory."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     group, output = holders
-    try:
-        make(parse_groups(group.value), pathlib.Path(output.value))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    make(parse_groups(group.value), pathlib.Path(output.value))
 
 
 if __name__ == "__main__":
-    app.run(functools.partial(main, make, define_flags()))
+    programs.run(functools.partial(main, make, define_flags()))

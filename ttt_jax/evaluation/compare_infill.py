@@ -12,8 +12,9 @@ import json
 import pathlib
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
+from ttt_jax import programs
 from ttt_jax.evaluation import compare
 from ttt_jax.evaluation.compare import Spread, define_flags, difference, main, spread
 from ttt_jax.evaluation.report import text_table
@@ -107,4 +108,4 @@ def make(groups: dict[str, list[pathlib.Path]], output: pathlib.Path) -> None:
 if __name__ == "__main__":
     holders = define_flags()
     flags.adopt_module_key_flags(compare)  # for --help
-    app.run(functools.partial(main, make, holders))
+    programs.run(functools.partial(main, make, holders))

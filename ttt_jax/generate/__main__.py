@@ -29,7 +29,9 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
+
+from ttt_jax import programs
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Moshi: a converted checkpoint or a run of train.py.", required=True
@@ -58,12 +60,8 @@ SAVE_STATE = flags.DEFINE_string("save_state", None, "Directory for the state at
 LOAD_STATE = flags.DEFINE_string("load_state", None, "Directory of the state to go on with.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Run the program."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     conditions = {name: value for name, _, value in (text.partition("=") for text in CONDITION.value)}
     if any(not name or not value for name, value in conditions.items()):
         raise app.UsageError(f"--condition: expected NAME=VALUE, got {CONDITION.value}")
@@ -79,9 +77,7 @@ def main(argv: list[str]) -> None:
     try:
         report = program.run(program.Options(**values, sampling=sampling, conditions=conditions))
     except BadRecordingError as error:
-        sys.exit(f"error: --input: {INPUT.value}: {error}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        raise ValueError(f"--input: {INPUT.value}: {error}") from error
     print(report, file=sys.stderr)
     if report.stopped or report.frames == FRAMES.value:
         _tell_how_to_go_on(report.first_frame + report.frames)
@@ -93,4 +89,4 @@ def _tell_how_to_go_on(frame: int) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    programs.run(main)

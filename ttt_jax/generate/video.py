@@ -11,15 +11,15 @@ import dataclasses
 import functools
 import io
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from PIL import Image, ImageDraw
 
+from ttt_jax import programs
 from ttt_jax.checkpoint import load
 from ttt_jax.data.videos import Video, VideoDataset, open_videos
 from ttt_jax.files import write_atomically
@@ -185,18 +185,11 @@ def define_flags() -> dict[str, flags.FlagHolder]:
     return {holder.name: holder for holder in holders}
 
 
-def main(holders: dict[str, flags.FlagHolder], argv: list[str]) -> None:
+def main(holders: dict[str, flags.FlagHolder]) -> None:
     """Run the program."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it reads at INFO.
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    try:
-        run(**{name: holder.value for name, holder in holders.items()}, progress=True)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run(**{name: holder.value for name, holder in holders.items()}, progress=True)
     print(f"wrote {holders['output'].value}")
 
 
 if __name__ == "__main__":
-    app.run(functools.partial(main, define_flags()))
+    programs.run(functools.partial(main, define_flags()))

@@ -15,9 +15,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from ttt_jax import programs
 from ttt_jax.files import write_atomically
 
 if TYPE_CHECKING:
@@ -190,10 +191,8 @@ def define_flags() -> flags.FlagValues:
     return flags.FLAGS
 
 
-def main(options: flags.FlagValues, argv: list[str]) -> None:
+def main(options: flags.FlagValues) -> None:
     """Prints the plan that the flags ask for, and writes it."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     _prepare(options.target, options.devices)
     import jax
 
@@ -209,4 +208,4 @@ def main(options: flags.FlagValues, argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(functools.partial(main, define_flags()))
+    programs.run(functools.partial(main, define_flags()))

@@ -1,0 +1,53 @@
+"""What the programs have in common: their libraries are quiet, and an error about what the user gave is one line."""
+
+import functools
+import opcode
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags, logging
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a program of flags alone, as `absl.app.run` does.
+
+    Exit codes are `main`'s own, 0, or 1 after an error: one line (`is_about_input`), or a traceback. `--verbosity=1`
+    shows tracebacks of all.
+    """
+    app.run(functools.partial(_run, main))
+
+
+def _run(main: Callable[[], Any], argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it reads and writes at INFO.
+    try:
+        main()
+    except Exception as error:
+        if logging.level_debug() or not is_about_input(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def is_about_input(error: Exception) -> bool:
+    """Whether an error says in its own words what the user is to change: the system's, or one that ttt_jax raises.
+
+    Errors that JAX or another library raises beneath us are not: they need the traceback.
+    """
+    if isinstance(error, OSError):
+        return True
+    frames = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        frames.append(traceback)
+        traceback = traceback.tb_next
+    return bool(frames) and _raises(frames[-1])
+
+
+def _raises(place: types.TracebackType) -> bool:
+    code = place.tb_frame.f_code.co_code
+    ours = place.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("ttt_jax", "__main__")
+    return ours and code[place.tb_lasti] == opcode.opmap["RAISE_VARARGS"]
