@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from ttt_jax.files import new_directory, only_process, write_atomically
+from ttt_jax.files import new_directory, only_process, read_json, write_atomically
+from ttt_jax.models.mimi import MimiConfig
+from ttt_jax.models.moshi import MoshiConfig
 
 
 def test_written_files_are_whole(tmp_path):
@@ -83,3 +85,19 @@ def test_a_killed_process_holds_no_lock(tmp_path):
     holder.communicate()
     with only_process(lock, "sleeping"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"dim": 8,', "cannot be read as JSON: Expecting"),
+        (b"\xff", "cannot be read as JSON: 'utf-8' codec"),
+        (b"[1]", "expected a JSON object, got a list"),
+    ],
+)
+def test_a_file_that_holds_no_json_object_is_named(content, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    for read in (read_json, MoshiConfig.from_kyutai, MimiConfig.from_kyutai):
+        with pytest.raises(ValueError, match=rf"config\.json.*{message}"):
+            read(path)

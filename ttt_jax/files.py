@@ -2,11 +2,13 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pathlib
 import shutil
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from absl import logging
 
@@ -20,6 +22,22 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no JSON, or something other than an object.
+    """
+    try:
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of the decoder or the parser
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+    return content
 
 
 def new_path(path: str | pathlib.Path) -> pathlib.Path:

@@ -1,6 +1,5 @@
 """What can be converted: where its weights and config are, and its tensors under the names of the model's table."""
 
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from ttt_jax.convert.fused import is_fused, split_fused
 from ttt_jax.convert.table import Table
 from ttt_jax.convert.tensors import INDEX_SUFFIX, SUFFIX, open_tensors, read_metadata, shards
 from ttt_jax.convert.writing import COGVIDEOX_FILE, CURRENT, DIFFUSERS, FUSED, MODEL_FILE, TTT_VIDEO_DIT
+from ttt_jax.files import read_json
 from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.models.video_dit import VideoDiTConfig
@@ -176,14 +176,9 @@ def _read_config(given: pathlib.Path | None, beside: pathlib.Path) -> dict[str, 
     if given is None and not beside.is_file():
         return None
     try:
-        raw = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--config: {path} cannot be read as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(
-            f"--config: {path} must hold a JSON object with the model's fields, got a {type(raw).__name__}"
-        )
-    return raw
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config: {error}") from error
 
 
 def _weights(path: pathlib.Path, usual: str) -> pathlib.Path:

@@ -26,7 +26,7 @@ from absl import logging
 from ttt_jax.data import beam, processes, text, tokens
 from ttt_jax.data.audio import BadRecordingError
 from ttt_jax.data.codecs import Codec, encode_blocks
-from ttt_jax.files import only_process, write_atomically
+from ttt_jax.files import only_process, read_json, write_atomically
 
 BUILD_FILE = "build.json"
 RESULT_FILE = "skipped.json"
@@ -117,7 +117,7 @@ def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], d
     plan.output.mkdir(parents=True, exist_ok=True)
     _claim(plan)
     if (plan.output / tokens.INFO_FILE).exists():
-        result = json.loads((plan.output / RESULT_FILE).read_text())
+        result = read_json(plan.output / RESULT_FILE)
         if result["inputs"] != inputs:
             raise ValueError(
                 f"{plan.output} is finished, but its input files have changed since: choose a new directory"
@@ -159,7 +159,7 @@ def _claim(plan: Plan) -> None:
         write_atomically(path, json.dumps(settings, indent=1) + "\n")
         return
     # Datasets begun before there was a fingerprint have none.
-    begun = {"codec_fingerprint": settings["codec_fingerprint"], **json.loads(path.read_text())}
+    begun = {"codec_fingerprint": settings["codec_fingerprint"], **read_json(path)}
     changed = [
         f"{name} was {begun.get(name)!r}, is {settings.get(name)!r}"
         for name in sorted(begun.keys() | settings.keys())

@@ -9,7 +9,6 @@ and nll_by_position.png into DIR. Differences are against the last group.
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +23,7 @@ from ttt_jax import programs
 from ttt_jax.evaluation.plots import bucket_middles, gap_axis
 from ttt_jax.evaluation.report import save_figure, text_table
 from ttt_jax.evaluation.results import write_result
+from ttt_jax.files import read_json
 
 BENCHMARKS = ("recall", "nll_by_position")
 MEASURES = ("accuracy", "margin")
@@ -124,7 +124,7 @@ def _read(run: pathlib.Path, benchmark: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} does not exist; make it with `python eval.py --workdir={run} --benchmark={','.join(BENCHMARKS)}`."
         )
-    return {"path": str(path), **json.loads(path.read_text(encoding="utf-8"))}
+    return {"path": str(path), **read_json(path)}
 
 
 def _check_alike(results: Sequence[dict[str, Any]], names: Iterable[str]) -> None:

@@ -8,7 +8,6 @@ Differences are against the last group.
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -19,6 +18,7 @@ from ttt_jax.evaluation import compare
 from ttt_jax.evaluation.compare import Spread, define_flags, difference, main, spread
 from ttt_jax.evaluation.report import text_table
 from ttt_jax.evaluation.results import write_result
+from ttt_jax.files import read_json
 
 MEASURES = {"model": "all masked tokens", "seen": "segment partly visible", "unseen": "segment masked as a whole"}
 SAME = ("split", "num_recordings", "num_frames", "spans", "segment")
@@ -71,7 +71,7 @@ def _read(run: pathlib.Path) -> dict[str, Any]:
     path = run / "infill.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run `python eval.py --workdir={run} --benchmark=infill`.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def summary(result: InfillComparison) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +28,7 @@ from ttt_jax.evaluation.sections import (
     speed_sections,
 )
 from ttt_jax.evaluation.speed import speed
+from ttt_jax.files import read_json
 from ttt_jax.models.infill import InfillConfig
 from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.models.video_dit import VideoDiTConfig
@@ -207,7 +207,7 @@ def _training_data(model: pathlib.Path) -> pathlib.Path:
 
 
 def _training_config(model: pathlib.Path) -> dict[str, Any]:
-    return json.loads((model / CONFIG_FILE).read_text(encoding="utf-8"))
+    return read_json(model / CONFIG_FILE)
 
 
 def _continuation(

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from ttt_jax.checkpoint import has_checkpoint
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
-from ttt_jax.files import write_atomically
+from ttt_jax.files import read_json, write_atomically
 from ttt_jax.models.infill import InfillConfig
 from ttt_jax.models.moshi import MoshiConfig
 from ttt_jax.models.video_dit import VideoDiTConfig
@@ -554,7 +554,7 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     path = workdir / "config.json"
     new = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists() and has_checkpoint(workdir):
-        old = _defaults() | json.loads(path.read_text())
+        old = _defaults() | read_json(path)
         differing = [d for d in _differences(old, new) if not d.startswith(RESUMABLE)]
         if differing:
             lines = "\n  ".join(differing)

@@ -1,13 +1,12 @@
 """What a Mimi is: sizes of its convolutions, transformers and codebooks, and how many of these are used."""
 
 import dataclasses
-import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from ttt_jax.files import read_json
 from ttt_jax.models.mimi.published import as_kyutai, hugging_face_fields, kyutai_fields
 
 
@@ -86,7 +85,7 @@ class MimiConfig:
         Raises:
             ValueError: a field is unknown (with a suggestion), or holds a value this model does not implement.
         """
-        raw = config if isinstance(config, Mapping) else json.loads(pathlib.Path(config).read_text())
+        raw = config if isinstance(config, Mapping) else read_json(config)
         return cls(**kyutai_fields(raw, _published()), num_codebooks=num_codebooks)
 
     @classmethod

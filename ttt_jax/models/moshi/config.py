@@ -3,14 +3,13 @@
 import dataclasses
 import difflib
 import hashlib
-import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ttt_jax.files import read_json
 from ttt_jax.layers.ttt import TTTConfig
 from ttt_jax.models.moshi import kyutai
 
@@ -218,7 +217,7 @@ class MoshiConfig:
         Raises:
             ValueError: a field is unknown (with a suggestion), or holds a value this model does not implement.
         """
-        raw = dict(config) if isinstance(config, Mapping) else json.loads(pathlib.Path(config).read_text())
+        raw = dict(config) if isinstance(config, Mapping) else read_json(config)
         chosen = kyutai.read_fields(raw, _kyutais(dataclasses.asdict(cls())))
         chosen["conditioners"] = tuple(Conditioner(**fields) for fields in kyutai.read_conditioners(raw))
         return cls(**chosen)
