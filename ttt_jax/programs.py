@@ -3,7 +3,6 @@
 import functools
 import opcode
 import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -39,15 +38,11 @@ def is_about_input(error: Exception) -> bool:
     """
     if isinstance(error, OSError):
         return True
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frames.append(traceback)
-        traceback = traceback.tb_next
-    return bool(frames) and _raises(frames[-1])
-
-
-def _raises(place: types.TracebackType) -> bool:
-    code = place.tb_frame.f_code.co_code
-    ours = place.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("ttt_jax", "__main__")
-    return ours and code[place.tb_lasti] == opcode.opmap["RAISE_VARARGS"]
+    place = error.__traceback__
+    if place is None:
+        return False
+    while place.tb_next is not None:
+        place = place.tb_next
+    frame = place.tb_frame
+    ours = frame.f_globals.get("__name__", "").split(".")[0] in ("ttt_jax", "__main__")
+    return ours and frame.f_code.co_code[place.tb_lasti] == opcode.opmap["RAISE_VARARGS"]
