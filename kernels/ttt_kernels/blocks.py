@@ -49,20 +49,15 @@ class MLPBlocks:
     """Of TTT-MLP.
 
     Attributes:
-        stages: tiles of tokens on their way at once in the forward kernel; of float32 tokens one, SMEM holds no more.
         tiles_per_checkpoint: tiles of 64 tokens between two checkpoints of the weights. Of each mini-batch between
             them the backward kernel keeps the weights, 64 KiB of global memory for each row and head.
         columns: tokens of a mini-batch in registers at once.
-        one_block: at C = 64 the backward kernel is one thread block of four warpgroups, not a cluster of four blocks:
-            by estimate less than half of its time. Not the default before it has run on a GPU.
         interpreted: sums over a cluster go through global memory, since the GPU interpreter has no other way, and
             addresses are known when compiled, which costs it less.
     """
 
-    stages: int = 1
     tiles_per_checkpoint: int = 4
     columns: int = 16
-    one_block: bool = False
     interpreted: bool = False
 
     def for_interpreter(self) -> "MLPBlocks":

@@ -9,7 +9,6 @@
 import argparse
 import concurrent.futures
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -87,9 +86,6 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
                 )
             arguments = (*inputs, *kept, *ln, tokens, *at_end)
             found[f"{name}_backward_{variant}"] = functools.partial(backward, **options), arguments
-            if name == "mlp" and c == 64:
-                options |= {"blocks": dataclasses.replace(blocks, one_block=True)}
-                found[f"{name}_backward_{variant}_one_block"] = functools.partial(backward, **options), arguments
         state, scale = tuple(array(*shape) for shape in of_step), jax.ShapeDtypeStruct((batch_size,), jnp.float32)
         found[f"{name}_step{suffix}"] = ttt_step, (*(array(dim),) * 3, array(), scale, scale, state, state, *ln)
     return found

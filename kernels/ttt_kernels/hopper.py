@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import gpu, vector
+from jaxlib.mlir.dialects import gpu, nvvm, vector
 
 from ttt_kernels import interpreter
 
@@ -251,14 +252,23 @@ def wait_for_each_other(barrier, *, interpreted: bool) -> None:
     """
 
     def wait(_) -> None:
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
         gpu.barrier()
 
-    plgpu.commit_smem()
     if interpreted:
+        plgpu.commit_smem()
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
     else:
         inline(wait)()
+
+
+def wait_for_warpgroup(*, interpreted: bool) -> None:
+    """All threads of a warpgroup, each of which then sees what the others wrote to SMEM; products do not."""
+    if interpreted:
+        plgpu.commit_smem()
+    else:
+        inline(lambda _: mgpu.warpgroup_barrier())()
 
 
 def inline(function: Callable[..., Any], *arguments: Any, result: Any = None) -> Callable[..., Any]:

@@ -48,6 +48,13 @@ class _Matrices(NamedTuple):
         return cls(**own, **{name: own[other] for name, other in shared.items()})
 
 
+class _Tile(NamedTuple):
+    """A tile of tokens, and which of the stages in SMEM it lies in."""
+
+    index: Any
+    slot: Any
+
+
 def backward(
     q, k, v, lr_read, lr_update, scale, wt_kept, b_kept, ln_scale, ln_bias, d_out, d_wt, d_b,
     *, causal: bool, eps: float, blocks: LinearBlocks, interpret,
@@ -68,6 +75,7 @@ def backward(
     tight = blocks.wide and c == TILE  # SMEM holds v and d_out of a block of tokens, and some buffers lie over others
     mini_batches = MiniBatches(c, n)
     warpgroups = 1 if blocks.wide else mini_batches.num_blocks
+    stages = 2 if warpgroups > 1 else 1  # one of two blocks on an SM works while the other waits for its tile
     if interpret and warpgroups > 1:
         interpreter.require_threads(warpgroups + 2)
     hidden = (blocks.hidden_addresses or warpgroups > 1) and not interpret
@@ -84,17 +92,20 @@ def backward(
         q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s, lr_read_s, lr_update_s, scale_s,
         d_lr_read_s, d_lr_update_s, d_scale_s, wt_s, d_wt_in_smem, d_wt_s, zero_s, sums_s, of_all_s, *refs,
     ):  # fmt: skip
-        of_mini_batch, barriers = refs[: -len(arrivals)], refs[-len(arrivals) :]
-        start_barrier, recompute_barrier, tile_barrier, *block_barriers = barriers
-        of_tile = (q_s, k_s, v_s, d_out_s, g_tokens_s, q_over_tokens_s, k_over_tokens_s)
+        of_mini_batch, barriers = refs[: -len(barrier_types)], refs[-len(barrier_types) :]
+        start_barrier, recompute_barriers, tile_barriers, weights_barrier, *block_barriers = barriers
         row, head = lax.axis_index("row"), lax.axis_index("head")
         own = lax.axis_index("warpgroup") if warpgroups > 1 else 0
         loss = inner.Loss(eps, sums.total(sums_s.at[own], interpreted=bool(interpret)))
         zero = hopper.hidden_zero(*zero_s, known=False) if zero_s else lambda: 0
 
-        def matrices() -> _Matrices:
+        def matrices(tile: _Tile) -> _Matrices:
             at = zero()
-            refs = (ref.at[at] for ref in (*of_tile, wt_s, d_wt_s, *of_mini_batch))
+            q, k, v, d_out, q_over_tokens, k_over_tokens = (
+                ref.at[tile.slot + at] for ref in (q_s, k_s, v_s, d_out_s, q_over_tokens_s, k_over_tokens_s)
+            )
+            g_tokens, *others = (ref.at[at] for ref in (g_tokens_s, wt_s, d_wt_s, *of_mini_batch))
+            refs = (q, k, v, d_out, g_tokens, q_over_tokens, k_over_tokens, *others)
             return _Matrices.sharing(*refs) if tight else _Matrices(*refs)
 
         def together() -> None:
@@ -123,78 +134,80 @@ def backward(
             return body(own, carry) if warpgroups > 1 else mini_batches.over_blocks(body, carry)
 
         def fetch(barrier, *copies: tuple[Any, Any]) -> None:
-            """From global memory to SMEM, waiting for it."""
-
-            @by_one
-            def _():
-                for source, target in copies:
-                    plgpu.copy_gmem_to_smem(source, target, barrier)
-
-            plgpu.barrier_wait(barrier)
+            """From global memory to SMEM."""
+            for source, target in copies:
+                plgpu.copy_gmem_to_smem(source, target, barrier)
 
         d_wt_ref = d_wt_g.at[row, head] if blocks.wide else d_wt_in_smem[0]
+        of_d_wt = () if blocks.wide else ((d_wt_end_g.at[row, head], d_wt_ref),)
+        by_one(lambda: fetch(start_barrier, (scale_g, scale_s), *of_d_wt))
+        plgpu.barrier_wait(start_barrier)
         if blocks.wide:
-            fetch(start_barrier, (scale_g, scale_s))
             d_wt_at_end = load(d_wt_end_g.at[row, head])
-            d_wt_ref[...], matrices().d_wt[...] = d_wt_at_end, d_wt_at_end.astype(bf16)
-        else:
-            fetch(start_barrier, (scale_g, scale_s), (d_wt_end_g.at[row, head], d_wt_ref))
+            d_wt_ref[...], d_wt_s.at[0][...] = d_wt_at_end, d_wt_at_end.astype(bf16)
         gamma, beta = (over_columns(load(ref.at[head], ROWS), n) for ref in (ln_scale_g, ln_bias_g))
 
-        def of_block(t, at):
-            """Tokens `at` of tile t, in global memory."""
-            return row, pl.ds(t * TILE + at.start, n), head
+        def of_block(t: _Tile, at):
+            """Tokens `at` of a tile, in global memory."""
+            return row, pl.ds(t.index * TILE + at.start, n), head
 
-        def fetched(t, source, target, at):
-            """Tokens `at` of tile t in `target`; where that holds no tile but a block, they are copied now."""
+        def fetched(t: _Tile, source, target, at):
+            """Tokens `at` of a tile in `target`; where that holds no tile but a block, they are copied now."""
             if not tight:
                 return target.at[at]
             plgpu.commit_smem()  # all have read the block before
             hopper.fetch(*block_barriers, (source.at[*of_block(t, at)], target))
             return target
 
-        def inner_gradient(t, b, at):
-            """Of the tokens `at` of tile t, under the weights in SMEM."""
-            s = matrices()
+        def inner_gradient(t: _Tile, b, at):
+            """Of the tokens `at` of a tile, under the weights in SMEM."""
+            s = matrices(t)
             k_b, v_b = s.k.at[at].T, fetched(t, v_g, s.v, at).T
             z = product((dim, n), (s.wt, k_b)) + over_columns(b, n)
             target = load(v_b).astype(f32) - load(k_b).astype(f32)
             return loss.gradient(z, target, gamma, beta)
 
-        def recompute(first, j, weights):
-            """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
-            t, s = first + j, matrices()
-            tokens = pl.ds(t * TILE, TILE)
+        def fetch_keys(t: _Tile) -> None:
+            """For `recompute`."""
+            s, tokens = matrices(t), pl.ds(t.index * TILE, TILE)
             fetch(
-                recompute_barrier,
+                recompute_barriers.at[t.slot],
                 (k_g.at[row, tokens, head], s.k),
                 *(() if tight else ((v_g.at[row, tokens, head], s.v),)),
-                (lr_update_g.at[row, head, tokens], lr_update_s),
+                (lr_update_g.at[row, head, tokens], lr_update_s.at[t.slot]),
             )
+
+        def recompute(t: _Tile, kept, weights, fetch_next):
+            """Forward over a tile, keeping the weights that each mini-batch starts with, the first as number `kept`."""
+            plgpu.barrier_wait(recompute_barriers.at[t.slot])
+            if stages > 1:
+                by_one(fetch_next)
 
             @by_one
             def _():
-                k_step = load(s.k).astype(f32) * over_columns(load(lr_update_s, ROWS), dim)
+                s = matrices(t)
+                k_step = load(s.k).astype(f32) * over_columns(load(lr_update_s.at[t.slot], ROWS), dim)
                 s.k_over_tokens[...] = (-k_step).astype(bf16)
 
             def mini_batch(m, weights):
-                kept = (row, head, j * mini_batches.per_tile + m)
-                s = matrices()
+                s = matrices(t)
                 wt, b = weights
 
                 @by_one
                 def _():
-                    operand = wt.astype(bf16)
-                    weights_g.at[*kept][...], biases_g.at[*kept][...] = operand, b
-                    s.wt[...] = operand
+                    biases_g.at[row, head, kept + m][...] = b
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the weights of the mini-batch before
+                    s.wt[...] = wt.astype(bf16)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(s.wt, weights_g.at[row, head, kept + m])
 
                 together()
 
                 def update(i, step):
                     at = mini_batches.block(m, i)
                     g = inner_gradient(t, b, at).g
-                    matrices().g.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
-                    return step + (g * over_rows(load(lr_update_s.at[at], COLUMNS), dim)).sum(axis=1)
+                    matrices(t).g.at[:, mini_batches.block(0, i)][...] = g.astype(bf16)
+                    return step + (g * over_rows(load(lr_update_s.at[t.slot, at], COLUMNS), dim)).sum(axis=1)
 
                 step = of_all(over_blocks(update, jnp.zeros_like(b)))
                 fused = blocks.wide and blocks.fused_update  # wide, registers hold no second matrix
@@ -205,25 +218,30 @@ def backward(
 
             weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch, weights)
             plgpu.commit_smem()
+            if stages == 1:
+                fetch_next()
             return weights
 
-        def mini_batch(m, t, j, d_b, d_gamma, d_beta, d_lr_read):
-            kept, tokens = (row, head, j * mini_batches.per_tile + m), mini_batches.tokens(m)
-            s = matrices()
-            b = load(biases_g.at[*kept], ROWS)
+        def fetch_weights(kept) -> None:
+            """Those of a mini-batch."""
+            fetch(weights_barrier, (weights_g.at[row, head, kept], wt_s.at[zero()]))
 
-            @by_one
-            def _():
-                s.wt[...] = load(weights_g.at[*kept])
-                if not blocks.wide:
+        def mini_batch(t: _Tile, m, kept, fetch_next, d_b, d_gamma, d_beta, d_lr_read):
+            tokens, s = mini_batches.tokens(m), matrices(t)
+            b = load(biases_g.at[row, head, kept], ROWS)
+            plgpu.barrier_wait(weights_barrier)
+            if not blocks.wide:
+
+                @by_one
+                def _():
                     s.d_wt[...] = load(d_wt_ref).astype(bf16)
 
             together()
-            step = -over_columns(load(lr_read_s, ROWS), n)
+            step = -over_columns(load(lr_read_s.at[t.slot], ROWS), n)
 
             def read_keys(i):
                 """The forward pass again: the inner gradient of a block."""
-                s = matrices()
+                s = matrices(t)
                 at = mini_batches.block(m, i)
                 keys = inner_gradient(t, b, at)
                 s.g_tokens.at[at].T[...] = keys.g.astype(bf16)
@@ -235,10 +253,17 @@ def backward(
                 read = read_keys(own)
             else:
                 mini_batches.over_blocks(lambda i, _: read_keys(i) and None, None)
+            if stages > 1:
+
+                @by_one
+                def _():
+                    plgpu.wait_smem_to_gmem(0)  # the results of the tile before
+                    fetch_next()
+
             together()
 
             def back_through_reading(i, carry):
-                s = matrices()
+                s = matrices(t)
                 of_b, d_gamma, d_beta, d_lr_read = carry
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 q_b = s.q.at[at].T
@@ -270,12 +295,12 @@ def backward(
                 together()
 
             def back_through_update(i, carry):
-                s = matrices()
+                s = matrices(t)
                 of_b, d_gamma, d_beta = carry
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 keys = inner_gradient(t, b, at) if read is None else read
                 g = keys.g
-                lr_update = over_rows(load(lr_update_s.at[at], COLUMNS), dim)
+                lr_update = over_rows(load(lr_update_s.at[t.slot, at], COLUMNS), dim)
                 d_step = product((dim, n), (s.d_wt, s.k.at[at].T)) + over_columns(d_b, n)
                 d_lr_update_s.at[at][...] = -loss.total(g * d_step)
                 s.g_step_tokens.at[block].T[...] = (-(g * lr_update)).astype(bf16)
@@ -286,7 +311,7 @@ def backward(
                 s.d_zk.at[:, block][...] = d.d_z.astype(bf16)
                 plgpu.commit_smem()
                 # Back to the tokens.
-                s = matrices()
+                s = matrices(t)
                 q_tokens, k_tokens = s.q_over_tokens.at[tokens], s.k_over_tokens.at[tokens]
                 d_q = product(
                     (dim, n), (s.wt.T, s.d_zq_tokens.at[block].T), (k_tokens.T, s.d_attention.at[tokens, block])
@@ -311,7 +336,8 @@ def backward(
 
             @by_one
             def _():
-                s = matrices()
+                s = matrices(t)
+                pl.when(kept > 0)(lambda: fetch_weights(kept - 1))
                 q_tokens, k_tokens = s.q_over_tokens.at[tokens], s.k_over_tokens.at[tokens]
                 for start in range(0, dim, 64):
                     rows = pl.ds(start, 64)
@@ -323,26 +349,28 @@ def backward(
 
             return d_b, d_gamma, d_beta, d_lr_read
 
-        def tile(first, j, carry):
-            """Back over tile `first + j`."""
-            t, s = first + j, matrices()
-            tokens = pl.ds(t * TILE, TILE)
-            of_blocks = () if tight else ((v_g, d_v_g, s.v), (d_out_g, d_q_g, s.d_out))
+        def fetch_tile(t: _Tile) -> None:
+            """For `back`."""
+            s, tokens = matrices(t), pl.ds(t.index * TILE, TILE)
             fetch(
-                tile_barrier,
+                tile_barriers.at[t.slot],
                 (q_g.at[row, tokens, head], s.q),
                 (q_g.at[row, tokens, head], s.q_over_tokens),
                 (k_g.at[row, tokens, head], s.k),
                 (k_g.at[row, tokens, head], s.k_over_tokens),
-                *((source.at[row, tokens, head], ref) for source, _, ref in of_blocks),
-                (lr_read_g.at[row, head, tokens], lr_read_s),
-                (lr_update_g.at[row, head, tokens], lr_update_s),
+                *(() if tight else ((v_g.at[row, tokens, head], s.v), (d_out_g.at[row, tokens, head], s.d_out))),
+                (lr_read_g.at[row, head, tokens], lr_read_s.at[t.slot]),
+                (lr_update_g.at[row, head, tokens], lr_update_s.at[t.slot]),
             )
-            d_lr_read = jnp.zeros(TILE, f32)
+
+        def back(t: _Tile, kept, carry, fetch_next):
+            """Over a tile, whose first mini-batch is number `kept` of those whose weights are kept."""
+            plgpu.barrier_wait(tile_barriers.at[t.slot])
+            d_lr_read, last = jnp.zeros(TILE, f32), mini_batches.per_tile - 1
             *carry, d_lr_read = lax.fori_loop(
                 0,
                 mini_batches.per_tile,
-                lambda i, carry: mini_batch(mini_batches.per_tile - 1 - i, first + j, j, *carry),
+                lambda i, carry: mini_batch(t, last - i, kept + last - i, fetch_next, *carry),
                 (*carry, d_lr_read),
             )
             d_lr_read_s.at[own][...] = d_lr_read
@@ -350,13 +378,16 @@ def backward(
 
             @by_one
             def _():
-                hopper.save(
-                    (s.k, d_k_g.at[row, tokens, head]),
-                    *((ref, result.at[row, tokens, head]) for _, result, ref in of_blocks),
-                    (d_lr_read_s, d_lr_read_g.at[row, head, :, tokens]),
-                    (d_lr_update_s, d_lr_update_g.at[row, head, tokens]),
-                    (d_scale_s, d_scale_g.at[row, head, tokens]),
-                )
+                s, tokens = matrices(t), pl.ds(t.index * TILE, TILE)
+                plgpu.commit_smem()
+                for source, target in ((s.k, d_k_g), *(() if tight else ((s.v, d_v_g), (s.d_out, d_q_g)))):
+                    plgpu.copy_smem_to_gmem(source, target.at[row, tokens, head])
+                plgpu.copy_smem_to_gmem(d_lr_read_s, d_lr_read_g.at[row, head, :, tokens])
+                for source, target in ((d_lr_update_s, d_lr_update_g), (d_scale_s, d_scale_g)):
+                    plgpu.copy_smem_to_gmem(source, target.at[row, head, tokens])
+                if stages == 1:
+                    plgpu.wait_smem_to_gmem(0)
+                    fetch_next()
 
             return tuple(carry)
 
@@ -365,8 +396,46 @@ def backward(
             first = at * blocks.tiles_per_checkpoint
             count = per_group if num_tiles % per_group == 0 else jnp.minimum(per_group, num_tiles - first)
             weights = load(wt_kept_g.at[row, head, at]), load(b_kept_g.at[row, head, at], ROWS)
-            lax.fori_loop(0, count, lambda j, weights: recompute(first, j, weights), weights)
-            return lax.fori_loop(0, count, lambda j, carry: tile(first, count - 1 - j, carry), carry)
+
+            def slot(j):
+                return jnp.int32(j & 1) if stages > 1 else 0
+
+            def forward_tile(j) -> _Tile:
+                return _Tile(first + j, slot(j))
+
+            def backward_tile(j) -> _Tile:
+                return _Tile(first + count - 1 - j, slot(j))
+
+            def next_by(fetch, tile, j):
+                return lambda: pl.when(j + 1 < count)(lambda: fetch(tile(j + 1)))
+
+            by_one(lambda: fetch_keys(forward_tile(0)))
+            lax.fori_loop(
+                0,
+                count,
+                lambda j, weights: recompute(
+                    forward_tile(j), j * mini_batches.per_tile, weights, next_by(fetch_keys, forward_tile, j)
+                ),
+                weights,
+            )
+
+            @by_one
+            def _():
+                plgpu.wait_smem_to_gmem(0)  # the weights of the last mini-batch
+                fetch_weights(count * mini_batches.per_tile - 1)
+                fetch_tile(backward_tile(0))
+
+            carry = lax.fori_loop(
+                0,
+                count,
+                lambda j, carry: back(
+                    *(backward_tile(j), (count - 1 - j) * mini_batches.per_tile, carry),
+                    next_by(fetch_tile, backward_tile, j),
+                ),
+                carry,
+            )
+            by_one(lambda: plgpu.wait_smem_to_gmem(0))
+            return carry
 
         d_b = load(d_b_end_g.at[row, head], ROWS)
         nothing = jnp.zeros_like(d_b)
@@ -380,16 +449,21 @@ def backward(
             if not blocks.wide:
                 hopper.save((d_wt_ref, d_wt_g.at[row, head]))
 
-    def matrix(rows: int, columns: int, transforms: Any = hopper.OVER_FEATURES) -> Any:
-        return plgpu.SMEM((1, rows, columns), bf16, transforms=transforms)
+    def matrix(rows: int, columns: int, transforms: Any = hopper.OVER_FEATURES, slots: int = 1) -> Any:
+        return plgpu.SMEM((slots, rows, columns), bf16, transforms=transforms)
 
     summed = hopper.over_tokens(n)
-    tokens, over_tokens, weights = matrix(TILE, dim), matrix(TILE, dim, summed), matrix(dim, dim)
+    tokens, over_tokens = matrix(TILE, dim, slots=stages), matrix(TILE, dim, summed, slots=stages)
+    weights = matrix(dim, dim)
     operand, right_operand, pairs = matrix(dim, c, summed), matrix(c, dim), matrix(TILE, c, summed)
     v_or_d_out, shared = (matrix(n, dim), 1) if tight else (tokens, 0)
     d_wt_in_smem = () if blocks.wide else (plgpu.SMEM((dim, dim), f32, transforms=hopper.FLOAT32),)
-    arrivals = (1 if blocks.wide else 2, *((2, 6, 1) if tight else (3, 8)))
-    steps = plgpu.SMEM((TILE,), f32)
+    steps, steps_of_stages = plgpu.SMEM((TILE,), f32), plgpu.SMEM((stages, TILE), f32)
+    barrier_types = [
+        plgpu.Barrier(num_arrivals=1 if blocks.wide else 2),
+        *(plgpu.Barrier(num_arrivals=count, num_barriers=stages) for count in ((2, 6) if tight else (3, 8))),
+        *(plgpu.Barrier(),) * (2 if tight else 1),
+    ]
     of_all = (plgpu.SMEM((warpgroups, dim), f32), plgpu.Barrier(num_arrivals=warpgroups)) if warpgroups > 1 else ()
     kept = per_group * mini_batches.per_tile
     rows = (batch_size, num_heads)
@@ -411,8 +485,8 @@ def backward(
         grid_names=("row", "head"),
         **({"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}),
         scratch_types=[
-            *(tokens, tokens, v_or_d_out, v_or_d_out, tokens, over_tokens, over_tokens),
-            *(steps, steps, plgpu.SMEM((c,), f32)),
+            *(tokens, tokens, v_or_d_out, v_or_d_out, matrix(TILE, dim), over_tokens, over_tokens),
+            *(steps_of_stages, steps_of_stages, plgpu.SMEM((c,), f32)),
             *(plgpu.SMEM((warpgroups, TILE), f32), steps, steps),
             *(
                 weights,
@@ -425,9 +499,9 @@ def backward(
             *(operand,) * (3 - shared),
             *(right_operand,) * (3 - 2 * shared),
             *(pairs,) * 2,
-            *(plgpu.Barrier(num_arrivals=count) for count in arrivals),
+            *barrier_types,
         ],
-        compiler_params=hopper.compiler_params(),
+        compiler_params=hopper.compiler_params(auto_barriers=False),
         interpret=interpret,
     )(q, k, v, lr_read, lr_update, scale, wt_kept, b_kept, ln_scale, ln_bias, d_out, d_wt, d_b)
     d_q, d_k, d_v, d_lr_read, *others, d_ln_scale, d_ln_bias = results[:-2]

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from ttt_kernels import (
     mlp_backward,
     mlp_backward_c64,
-    mlp_backward_c64_one_block,
     mlp_forward,
     mlp_forward_float32,
 )
@@ -23,6 +22,5 @@ def forward(q, *arguments: Any, keep: bool, **options: Any) -> Any:
 
 def backward(q, k, v, lr_read, lr_update, scale, *arguments: Any, blocks: MLPBlocks, **options: Any) -> Any:
     """As `mlp_backward.backward`."""
-    of_c64 = mlp_backward_c64_one_block if blocks.one_block else mlp_backward_c64
-    kernel = mlp_backward if scale.shape[0] == mlp_backward.C else of_c64
+    kernel = mlp_backward if scale.shape[0] == mlp_backward.C else mlp_backward_c64
     return kernel.backward(q, k, v, lr_read, lr_update, scale, *arguments, blocks=blocks, **options)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_kernels import hopper, inner, sums
+from ttt_kernels import hopper, inner, kept, sums
 from ttt_kernels.blocks import MLPBlocks
 from ttt_kernels.cluster import AXIS, SLICES
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
@@ -94,7 +94,7 @@ def backward(
         q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, w1t_kept_g, b1_kept_g, w2t_kept_g, b2_kept_g, ln_scale_g,
         ln_bias_g, d_out_g, d_w1t_end_g, d_b1_end_g, d_w2t_end_g, d_b2_end_g,
         d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_w1t_g, d_b1_g, d_w2t_g, d_b2_g, d_ln_scale_g,
-        d_ln_bias_g, weights_g, biases_g,
+        d_ln_bias_g, weights_g, biases_g, d_weights_g,
         of_tokens_s, of_features_s, sums_s, zero_s, start_barrier, recompute_barriers, back_barriers, everyone,
         *of_matrices,
     ):  # fmt: skip
@@ -186,10 +186,18 @@ def backward(
             s = matrices()
             return product((D, C), (s.w1.at[own], s.k.at[tokens_of(slot)].T)) + over_columns(b1, C)
 
-        def hidden_layer(slot, w1t_and_w2t, b1):
-            """Weights and the keys' hidden layer to SMEM; returns the latter before GELU."""
+        def write_weights(w1t, w2t) -> None:
             s = matrices()
-            s.w1.at[own][...], s.w2.at[own][...] = w1t_and_w2t
+            s.w1.at[own][...], s.w2.at[own][...] = w1t, w2t
+
+        def keep(ref, layer: int, value) -> None:
+            kept.keep(ref.at[layer], value, interpreted=blocks.interpreted)
+
+        def kept_at(ref, layer: int):
+            return kept.kept(ref.at[layer], interpreted=blocks.interpreted)
+
+        def hidden_layer(slot, b1):
+            """Of the keys, to SMEM, where the weights are; returns it before GELU."""
             plgpu.commit_smem()
             z1 = before_gelu(slot, b1)
             write_hidden(_X, inner.gelu(z1))
@@ -218,11 +226,13 @@ def backward(
         def recompute(first, i, slot, weights):
             """Forward over mini-batch i, keeping the weights that it starts with."""
             w1t, b1, w2t, b2 = weights
-            kept = (*at_own, i - first)
+            of_mini_batch = (*at_own, i - first)
             operands = w1t.astype(bf16), w2t.astype(bf16)
-            for at, (weight, bias) in enumerate(zip(operands, (b1, b2), strict=True)):
-                weights_g.at[*kept, at][...], biases_g.at[*kept, at][...] = weight, bias
-            z1 = hidden_layer(slot, operands, b1)
+            for layer, (weight, bias) in enumerate(zip(operands, (b1, b2), strict=True)):
+                keep(weights_g.at[*of_mini_batch], layer, weight)
+                biases_g.at[*of_mini_batch, layer][...] = bias
+            write_weights(*operands)
+            z1 = hidden_layer(slot, b1)
 
             @pl.when(own == _OF_KEYS)
             def _():
@@ -246,9 +256,8 @@ def backward(
             """Back over mini-batch i."""
             d_b1, d_b2, d_gamma, d_beta = carry
             at, all_rows = tokens_of(slot), pl.ds(pl.multiple_of(slot * C, C), TILE)
-            kept = (*at_own, i - first)
-            b1, b2 = (load(biases_g.at[*kept, at], ROWS) for at in range(2))
-            z1 = hidden_layer(slot, tuple(load(weights_g.at[*kept, at]) for at in range(2)), b1)
+            b1, b2 = (load(biases_g.at[*at_own, i - first, layer], ROWS) for layer in range(2))
+            z1 = hidden_layer(slot, b1)
 
             def steps():
                 """[TILE, C]: minus the step sizes of the sources that a reader sees; its own scale."""
@@ -401,21 +410,25 @@ def backward(
                 s.d_k.T[...] = (d_k - of_step * step_size(slot) - d_target).astype(bf16)
 
             s = matrices()
-            d_w1 = load(d_w1t_g.at[at_own]) + product(
+            d_weights = d_weights_g.at[*at_own]
+            d_w1 = kept_at(d_weights, 0) + product(
                 (D, D), (read_hidden(own, _D_Z1), s.k.at[at]), (read_hidden(own, _D_Z1_Q), s.q.at[slot])
             )
-            d_w1t_g.at[at_own][...] = d_w1
+            keep(d_weights, 0, d_w1)
             d_w1 = d_w1.astype(bf16)
-            d_w2 = load(d_w2t_g.at[at_own]) + product(
+            d_w2 = kept_at(d_weights, 1) + product(
                 (D, D),
                 (read_outputs(_D_Z2), read_hidden(own, _X).T),
                 (read_outputs(_G2), read_hidden(own, _D_U).T),
                 (read_outputs(_D_Z2_Q), read_hidden(own, _X_Q).T),
             )
-            d_w2t_g.at[at_own][...] = d_w2
+            keep(d_weights, 1, d_w2)
             d_w2 = d_w2.astype(bf16)
+            before = weights_g.at[*at_own, jnp.maximum(i - first - 1, 0)]
+            weights = kept_at(before, 0), kept_at(before, 1)
             together()
             s.d_w1.at[own][...], s.d_w2.at[own][...] = d_w1, d_w2
+            write_weights(*weights)
 
             @pl.when(own == 0)
             def _():
@@ -445,21 +458,25 @@ def backward(
                 fetch_keys, recompute_barriers, count, first, 1,
                 lambda i, slot, weights: recompute(first, i, slot, weights), weights,
             )  # fmt: skip
+            of_last = weights_g.at[*at_own, count - 1]
+            write_weights(kept_at(of_last, 0), kept_at(of_last, 1))
             return fetched(
                 fetch_all, back_barriers, count, first + count - 1, -1,
                 lambda i, slot, carry: mini_batch(first, i, slot, carry), carry,
             )  # fmt: skip
 
         s = matrices()
-        for end, target, operand in ((d_w1t_end_g, d_w1t_g, s.d_w1), (d_w2t_end_g, d_w2t_g, s.d_w2)):
+        for layer, (end, operand) in enumerate(((d_w1t_end_g, s.d_w1), (d_w2t_end_g, s.d_w2))):
             d_w = load(end.at[at_own])
-            target.at[at_own][...] = d_w
+            keep(d_weights_g.at[*at_own], layer, d_w)
             operand.at[own][...] = d_w.astype(bf16)
         d_b1, d_b2 = load(d_b1_end_g.at[at_own], ROWS), load(d_b2_end_g.at[row, head], ROWS)
         zeros = jnp.zeros_like(d_b1)
         d_b1, d_b2, d_gamma, d_beta = lax.fori_loop(
             jnp.int32(0), jnp.int32(num_groups), group, (d_b1, d_b2, zeros, zeros)
         )
+        for layer, result in enumerate((d_w1t_g, d_w2t_g)):
+            result.at[at_own][...] = kept_at(d_weights_g.at[*at_own], layer)
         d_b1_g.at[at_own][...] = d_b1
         d_ln_scale_g.at[at_own][...], d_ln_bias_g.at[at_own][...] = d_gamma, d_beta
 
@@ -485,6 +502,7 @@ def backward(
         body,
         arguments,
         mini_batches=per_group,
+        more=[jax.ShapeDtypeStruct((q.shape[0], q.shape[2], SLICES, 2, D, D), f32)],
         scratch=[
             *(vector(_STAGES + 3, _ALIGNED), vector(4 + _STAGES, D)),
             sums.scratch(SLICES),
@@ -498,14 +516,12 @@ def backward(
             *(matrix(SLICES, D, 6 * C), matrix(D, 4 * C)),
             *(matrix(TILE, C),) * 3,
         ],
-        auto_barriers=False,
         interpret=interpret,
     )
 
 
 def launch(
-    body, arguments, *, mini_batches: int, more: Sequence[Any] = (), scratch: Sequence[Any], auto_barriers: bool,
-    interpret,
+    body, arguments, *, mini_batches: int, more: Sequence[Any] = (), scratch: Sequence[Any], interpret,
 ):  # fmt: skip
     """Runs a backward kernel of four warpgroups for each row and head.
 
@@ -516,7 +532,6 @@ def launch(
         mini_batches: between two checkpoints.
         more: what else it keeps in global memory.
         scratch: its types.
-        auto_barriers: see `hopper.compiler_params`.
         interpret: the interpreter's parameters, or None.
 
     Returns:
@@ -545,7 +560,7 @@ def launch(
         num_threads=SLICES,
         thread_name=AXIS,
         scratch_types=scratch,
-        compiler_params=hopper.compiler_params(auto_barriers=auto_barriers),
+        compiler_params=hopper.compiler_params(auto_barriers=False),
         interpret=interpret,
     )(*arguments)
     return *results[:10], *(x.sum(axis=2) for x in results[10:12])

@@ -1,8 +1,11 @@
-"""TTT-MLP, D = 64, C = 64: the backward kernel; a cluster of four thread blocks walks back over a row and head.
+"""TTT-MLP, D = 64, C = 64: the backward kernel; four warpgroups of one thread block walk back over a row and head.
 
-From each checkpoint it first walks forward, keeping the weights at the start of each mini-batch in global memory, then
-back. Each thread block is one warpgroup with a slice of the hidden units; what sums over all units goes over the
-cluster. A mini-batch is worked on in blocks of tokens.
+From each checkpoint they first walk forward, keeping the weights at the start of each mini-batch in global memory, then
+back. As in the forward kernel each has a slice of 64 hidden units, and what sums over all units is split over tokens:
+each warpgroup has a block of 16, whose keys and readers it works on between the same two barriers.
+
+SMEM holds three matrices of hidden units and two of weights at a time, so the parts of a mini-batch are in an order
+in which each is read for the last time before another takes its place.
 """
 
 from typing import Any, NamedTuple
@@ -13,42 +16,77 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_kernels import hopper, inner, sums
+from ttt_kernels import hopper, inner, kept, sums
 from ttt_kernels.blocks import MLPBlocks
-from ttt_kernels.cluster import AXIS, SLICES, Exchange
+from ttt_kernels.cluster import AXIS, SLICES
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
+from ttt_kernels.mlp_backward import launch
 from ttt_kernels.tiles import MiniBatches
+
+C = TILE
+"""Tokens of a mini-batch."""
+
+BLOCK = C // SLICES
+"""Tokens of which one warpgroup sums over all hidden units."""
+
+WIDTH = 32
+"""Tokens whose hidden units a warpgroup has in registers at once: with all, most of what it keeps would be spilled."""
+
+_Z1, _SLOPE_Q, _OF_Z1 = range(3)
+"""Of what a warpgroup keeps of tokens in global memory: layer 1 of the keys; GELU's gradient of the readers; of the
+derivative by layer 1 what does not come from layer 2's output."""
+
+_D_W1, _D_W2 = range(2)
+"""Of the derivatives by weights."""
 
 
 class _Matrices(NamedTuple):
-    """Matrices in SMEM, bfloat16 but for two; where not said otherwise, rows are tokens."""
+    """Matrices in SMEM, bfloat16; those of weights and hidden units begin with the slice, mixing has (source, reader).
 
-    q: Any  # [TILE, 64]
+    Most hold one thing after the other; the properties tell what, in this order.
+    """
+
+    q: Any  # [C, 64]
     k: Any
-    v: Any
-    d_out: Any
-    d_k: Any
-    d_w1: Any  # [64, 64] float32, rows are outputs
-    d_w2: Any
-    w1: Any  # [64, 64], rows are outputs
-    w2: Any
-    d_w1_operand: Any
-    d_w2_operand: Any
-    x: Any  # [TILE, 64], the hidden layer
-    g1: Any
-    g2: Any
-    x_q: Any  # [C, 64], of readers
-    d_z1_q: Any
-    d_z2_q: Any
-    g1_step: Any  # [columns, 64]
-    g2_step: Any
-    d_u: Any
-    d_z1: Any
-    d_z2: Any
-    mixing1: Any  # [TILE, C]: (source, reader)
-    mixing2: Any
-    d_attention1: Any
-    d_attention2: Any
+    values: Any
+    readers: Any
+    w2: Any  # [4, 64, 64], rows are outputs
+    weights: Any  # [4, 64, 64], rows are outputs: w1, the derivatives by w2, by w1, w1 again
+    hidden: Any  # [4, 64, C]: x, d_u, x again, d_z1
+    g1: Any  # [4, 64, C]; at last the results, [C, 64]
+    hidden_q: Any  # [4, 64, C]: x_q, d_z1_q
+    mixing: Any  # [C, C]: of layer 1, then d_attention1
+    mixing2: Any  # [C, C], then d_z2 [64, C]
+    d_attention2: Any  # [C, C]
+
+    @property
+    def g2(self) -> Any:
+        """[64, C], in the place of v."""
+        return self.values.T
+
+    @property
+    def d_z2_q(self) -> Any:
+        """[64, C], in the place of d_out; on the walk forward layer 2's gradient times minus the step size."""
+        return self.readers.T
+
+    @property
+    def d_z2(self) -> Any:
+        """[64, C]."""
+        return self.mixing2
+
+
+class _Vectors(NamedTuple):
+    """In SMEM, float32."""
+
+    lr_read: Any  # [C]
+    lr_update: Any
+    scale: Any
+    d_lr_read: Any
+    d_lr_update: Any
+    d_scale: Any
+    of_layer1: Any  # [4, C], of each slice
+    of_blocks: Any  # [4, 64], of each block of tokens
+    of_readers: Any  # [4, C], likewise
 
 
 def backward(
@@ -56,337 +94,480 @@ def backward(
     d_w2t, d_b2, *, causal: bool, eps: float, blocks: MLPBlocks, interpret,
 ):  # fmt: skip
     """As `mlp_backward.backward`."""
-    batch_size, num_tokens, num_heads, _ = q.shape
-    c = scale.shape[0]
-    n = min(c, blocks.columns)
-    mini_batches = MiniBatches(c, n)
-    num_tiles = num_tokens // TILE
-    per_group = min(blocks.tiles_per_checkpoint, num_tiles)
-    num_groups = -(-num_tiles // blocks.tiles_per_checkpoint)
+    batch_size, num_mini_batches, num_heads = q.shape[0], q.shape[1] // C, q.shape[2]
+    every = blocks.tiles_per_checkpoint
+    per_group, num_groups = min(every, num_mini_batches), -(-num_mini_batches // every)
+    mini_batches = MiniBatches(C, BLOCK)
     f32, bf16 = jnp.float32, jnp.bfloat16
-    exchange = Exchange(n, blocks.interpreted, at_once=1)
     rows = (batch_size, num_heads)
-    of_sums = exchange.results(rows)
 
     def body(
         q_g, k_g, v_g, lr_read_g, lr_update_g, scale_g, w1t_kept_g, b1_kept_g, w2t_kept_g, b2_kept_g, ln_scale_g,
         ln_bias_g, d_out_g, d_w1t_end_g, d_b1_end_g, d_w2t_end_g, d_b2_end_g,
         d_q_g, d_k_g, d_v_g, d_lr_read_g, d_lr_update_g, d_scale_g, d_w1t_g, d_b1_g, d_w2t_g, d_b2_g, d_ln_scale_g,
-        d_ln_bias_g, weights_g, biases_g, *refs,
+        d_ln_bias_g, weights_g, biases_g, kept_g, of_w2_g, d_weights_g,
+        of_tokens_s, of_slices_s, sums_s, zero_s, start_barrier, recompute_barrier, back_barrier, everyone,
+        *of_matrices,
     ):  # fmt: skip
-        sums_g, refs = refs[: len(of_sums)], refs[len(of_sums) :]
-        (
-            lr_read_s, lr_update_s, scale_s, d_lr_read_s, d_lr_update_s, d_scale_s,
-            ln_scale_s, ln_bias_s, sums_s, zero_s, start_barrier, recompute_barrier, tile_barrier, *rest,
-        ) = refs  # fmt: skip
-        of_matrices, of_exchange = rest[: len(_Matrices._fields)], rest[len(_Matrices._fields) :]
         zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
+        row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
+        at = mini_batches.block(0, own)
 
         def matrices() -> _Matrices:
             at = zero()
             return _Matrices(*(ref.at[at] for ref in of_matrices))
 
-        row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
-        at_own = (row, head, own)
-        loss = inner.Loss(eps, sums.total(sums_s.at[0], interpreted=blocks.interpreted))
-        over_cluster = exchange.bind(tuple(ref.at[row, head] for ref in sums_g), of_exchange, zero)
+        def vectors() -> _Vectors:
+            at = zero()
+            of_tokens, of_slices = of_tokens_s.at[at], of_slices_s.at[at]
+            return _Vectors(*(of_tokens.at[i] for i in range(6)), *(of_slices.at[i] for i in range(3)))
 
-        hopper.fetch(
-            start_barrier, (scale_g, scale_s), (ln_scale_g.at[head], ln_scale_s), (ln_bias_g.at[head], ln_bias_s)
-        )
-        s = matrices()
-        s.d_w1[...], s.d_w2[...] = load(d_w1t_end_g.at[at_own]), load(d_w2t_end_g.at[at_own])
-        gamma, beta = (over_columns(load(ref, ROWS), n) for ref in (ln_scale_s, ln_bias_s))
+        def inner_loss() -> inner.Loss:
+            return inner.Loss(eps, sums.total(sums_s.at[own + zero()], interpreted=blocks.interpreted))
 
-        def read_keys(s, at, b1, b2):
-            """The inner gradients of a block, under the weights in SMEM: of layer 2, then what layer 1 has."""
-            k_b = s.k.at[at].T
-            z1 = product((D, n), (s.w1, k_b)) + over_columns(b1, n)
-            s.x.at[at].T[...] = inner.gelu(z1).astype(bf16)
-            plgpu.commit_smem()
-            (z2,) = over_cluster(lambda: product((D, n), (s.w2, s.x.at[at].T)))
-            target = load(s.v.at[at].T).astype(f32) - load(k_b).astype(f32)
-            keys = loss.gradient(z2 + over_columns(b2, n), target, gamma, beta)
-            s.g2.at[at].T[...] = keys.g.astype(bf16)
-            plgpu.commit_smem()
-            d_x = product((D, n), (s.w2.T, s.g2.at[at].T))
-            g1 = d_x * inner.gelu_gradient(z1)
-            s.g1.at[at].T[...] = g1.astype(bf16)
-            return keys, z1, d_x, g1
+        def of_own(ref, *index):
+            """What the warpgroup has in global memory."""
+            return ref.at[row, head, own + zero(), *index]
 
-        def write_steps(s, at, g1, g2):
-            lr = over_rows(load(lr_update_s.at[at], COLUMNS))
-            s.g1_step.T[...] = (-(g1 * lr)).astype(bf16)
-            s.g2_step.T[...] = (-(g2 * lr)).astype(bf16)
-            return lr
+        def keep(what: int, i, value) -> None:
+            """For part i of the tokens and the own slice, in bfloat16."""
+            kept.keep(of_own(kept_g, what, i), value.astype(bf16), interpreted=blocks.interpreted)
 
-        def recompute(first, j, weights):
-            """Forward over tile `first + j`, keeping the weights that each mini-batch starts with."""
-            s = matrices()
-            tokens = pl.ds((first + j) * TILE, TILE)
-            hopper.fetch(
-                recompute_barrier,
-                (k_g.at[row, tokens, head], s.k),
-                (v_g.at[row, tokens, head], s.v),
-                (lr_update_g.at[row, head, tokens], lr_update_s),
+        def read(what: int, i):
+            return kept.kept(of_own(kept_g, what, i), interpreted=blocks.interpreted)
+
+        def keep_d_w(layer: int, value) -> None:
+            kept.keep(of_own(d_weights_g, layer), value, interpreted=blocks.interpreted)
+
+        def read_d_w(layer: int):
+            return kept.kept(of_own(d_weights_g, layer), interpreted=blocks.interpreted)
+
+        def over_parts(body, carry=None):
+            """A loop over the parts of a mini-batch: `body(i, tokens, carry)`."""
+            return lax.fori_loop(
+                jnp.int32(0),
+                jnp.int32(C // WIDTH),
+                lambda i, carry: body(i, pl.ds(pl.multiple_of(i * WIDTH, WIDTH), WIDTH), carry),
+                carry,
             )
 
-            def mini_batch(m, weights):
-                w1t, b1, w2t, b2 = weights
-                s = matrices()
-                kept = (*at_own, j * mini_batches.per_tile + m)
-                w1, w2 = w1t.astype(bf16), w2t.astype(bf16)
-                weights_g.at[*kept, 0][...], weights_g.at[*kept, 1][...] = w1, w2
-                biases_g.at[*kept, 0][...], biases_g.at[*kept, 1][...] = b1, b2
-                s.w1[...], s.w2[...] = w1, w2
-                plgpu.commit_smem()
+        def weights_at(j, layer: int):
+            """Those that mini-batch j since the checkpoint starts with."""
+            return kept.kept(of_own(weights_g, j, layer), interpreted=blocks.interpreted)
 
-                def update(i, weights):
-                    w1t, step1, w2t, step2 = weights
-                    s = matrices()
-                    at = mini_batches.block(m, i)
-                    keys, _, _, g1 = read_keys(s, at, b1, b2)
-                    lr = write_steps(s, at, g1, keys.g)
-                    plgpu.commit_smem()
-                    w1t = w1t + product((D, D), (s.g1_step.T, s.k.at[at]))
-                    w2t = w2t + product((D, D), (s.g2_step.T, s.x.at[at]))
-                    return w1t, step1 + (g1 * lr).sum(axis=1), w2t, step2 + (keys.g * lr).sum(axis=1)
+        def all_have_read() -> None:
+            """So that a warpgroup may overwrite what its products or threads have read."""
+            hopper.wait_for_warpgroup(interpreted=blocks.interpreted)
 
-                nothing = jnp.zeros_like(b1)
-                w1t, step1, w2t, step2 = mini_batches.over_blocks(update, (w1t, nothing, w2t, nothing))
-                return w1t, b1 - step1, w2t, b2 - step2
+        def over_tokens(x):
+            """The sum, by way of SMEM: else the compiler adds up where the sum is read, and keeps `x` until then."""
+            sums_of_own = sums_s.at[own + zero(), pl.ds(0, D)]
+            sums_of_own[...] = x.sum(axis=1)
+            hopper.wait_for_warpgroup(interpreted=blocks.interpreted)
+            total = load(sums_of_own, ROWS)
+            all_have_read()
+            return total
 
-            weights = lax.fori_loop(0, mini_batches.per_tile, mini_batch, weights)
-            plgpu.commit_smem()
-            return weights
+        def together() -> None:
+            hopper.wait_for_each_other(everyone, interpreted=blocks.interpreted)
 
-        def mini_batch(m, j, d_b1, d_b2, d_gamma, d_beta, d_lr_read):
-            s = matrices()
-            tokens, kept = mini_batches.tokens(m), (*at_own, j * mini_batches.per_tile + m)
-            s.w1[...], s.w2[...] = load(weights_g.at[*kept, 0]), load(weights_g.at[*kept, 1])
-            b1, b2 = (load(biases_g.at[*kept, i], ROWS) for i in range(2))
-            s.d_w1_operand[...], s.d_w2_operand[...] = load(s.d_w1).astype(bf16), load(s.d_w2).astype(bf16)
-            plgpu.commit_smem()
-            step = -over_columns(load(lr_read_s, ROWS), n)
+        def over_slices(pair):
+            """A sum over all hidden units."""
+            return [pair(j) for j in range(SLICES)]
 
-            def write_keys(i, _):
-                read_keys(matrices(), mini_batches.block(m, i), b1, b2)
+        def over_warpgroups(ref):
+            """The sum over tokens of what each warpgroup had of its block."""
+            return hopper.total(load(ref.at[j], ROWS) for j in range(SLICES))
 
-            mini_batches.over_blocks(write_keys, None)
-            plgpu.commit_smem()
+        def step_size(at=slice(None)):
+            return over_rows(load(vectors().lr_update.at[at], COLUMNS))
 
-            def back_through_reading(i, carry):
-                d_b1, d_b2, d_gamma, d_beta, d_lr_read = carry
-                s = matrices()
-                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                q_b, x_q, d_z1_q, d_z2_q = s.q.at[at].T, s.x_q.at[block].T, s.d_z1_q.at[block].T, s.d_z2_q.at[block].T
-                is_seen = mini_batches.is_seen(m, i, causal=causal)
-                by_reader = over_rows(load(scale_s.at[block], COLUMNS))
-                # The forward pass again.
-                attention1 = jnp.where(is_seen, product((TILE, n), (s.k, q_b)) + 1.0, 0.0)
-                s.mixing1.at[:, block][...] = (attention1 * by_reader * step).astype(bf16)
-                plgpu.commit_smem()
-                z1 = product((D, n), (s.w1, q_b), (s.g1.at[tokens].T, s.mixing1.at[tokens, block]))
-                z1 = z1 + over_columns(b1, n)
-                x_q[...] = inner.gelu(z1).astype(bf16)
-                plgpu.commit_smem()
-                attention2, z2 = over_cluster(
-                    lambda: product((TILE, n), (s.x, x_q)), lambda: product((D, n), (s.w2, x_q))
-                )
-                attention2 = jnp.where(is_seen, attention2 + 1.0, 0.0)
-                s.mixing2.at[:, block][...] = (attention2 * by_reader * step).astype(bf16)
-                plgpu.commit_smem()
-                z2 = z2 + product((D, n), (s.g2.at[tokens].T, s.mixing2.at[tokens, block])) + over_columns(b2, n)
-                # Back through layer 2.
-                d_out = load(s.d_out.at[at].T).astype(f32)
-                normalized, rstd = loss.normalize(z2)
-                d_gamma = d_gamma + (d_out * normalized).sum(axis=1)
-                d_beta = d_beta + d_out.sum(axis=1)
-                d_z2 = rstd * loss.without_projections(d_out * gamma, normalized)
-                d_z2_q[...] = d_z2.astype(bf16)
-                plgpu.commit_smem()
-                d_mixing2 = jnp.where(is_seen, product((TILE, n), (s.g2, d_z2_q)), 0.0)
-                s.d_attention2.at[:, block][...] = (d_mixing2 * by_reader * step).astype(bf16)
-                plgpu.commit_smem()
-                # Back through layer 1.
-                d_x = product((D, n), (s.w2.T, d_z2_q), (s.x.at[tokens].T, s.d_attention2.at[tokens, block]))
-                d_z1 = d_x * inner.gelu_gradient(z1)
-                d_z1_q[...] = d_z1.astype(bf16)
-                plgpu.commit_smem()
-                d_mixing1 = jnp.where(is_seen, product((TILE, n), (s.g1, d_z1_q)), 0.0)
-                s.d_attention1.at[:, block][...] = (d_mixing1 * by_reader * step).astype(bf16)
-                # Each slice has its part of layer 1's, and a share of layer 2's, which all have.
-                d_steps = d_mixing1 * attention1 + d_mixing2 * attention2 * (1.0 / SLICES)
-                d_lr_read = d_lr_read - (d_steps * by_reader).sum(axis=1)
-                d_scale_s.at[at][...] = loss.total(d_steps * step)
-                return d_b1 + d_z1.sum(axis=1), d_b2 + d_z2.sum(axis=1), d_gamma, d_beta, d_lr_read
-
-            *carry, d_lr_read = mini_batches.over_blocks(back_through_reading, (d_b1, d_b2, d_gamma, d_beta, d_lr_read))
-            plgpu.commit_smem()
-
-            def back_through_update(i, carry):
-                next_d_b1, next_d_b2, d_gamma, d_beta = carry
-                s = matrices()
-                at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                keys, z1, d_x, g1 = read_keys(s, at, b1, b2)
-                k_b, q_t, k_t = s.k.at[at].T, s.q.at[tokens].T, s.k.at[tokens].T
-                slope = inner.gelu_gradient(z1)
-                lr = write_steps(s, at, g1, keys.g)
-                # Back through the step of layer 1 and its inner gradient.
-                d_step1 = product((D, n), (s.d_w1_operand, k_b)) + over_columns(d_b1, n)
-                d_g1 = product((D, n), (s.d_z1_q.T, s.mixing1.at[at].T)) - d_step1 * lr
-                s.d_u.T[...] = (d_g1 * slope).astype(bf16)
-                plgpu.commit_smem()
-                # Back through the step of layer 2 and its inner gradient.
-                d_step2, d_g2 = over_cluster(
-                    lambda: product((D, n), (s.d_w2_operand, s.x.at[at].T)), lambda: product((D, n), (s.w2, s.d_u.T))
-                )
-                d_step2 = d_step2 + over_columns(d_b2, n)
-                d_lr = loss.total(g1 * d_step1) + loss.total(keys.g * d_step2) * (1.0 / SLICES)
-                d_lr_update_s.at[at][...] = -d_lr
-                d_g2 = d_g2 + product((D, n), (s.d_z2_q.T, s.mixing2.at[at].T)) - d_step2 * lr
-                d = loss.back_through_gradient(d_g2, keys, gamma)
-                d_gamma, d_beta = d_gamma + d.d_gamma.sum(axis=1), d_beta + d.d_beta.sum(axis=1)
-                s.d_z2.T[...] = d.d_z.astype(bf16)
-                plgpu.commit_smem()
-                # Back through the layers.
-                d_z1 = slope * product(
-                    (D, n),
-                    (s.w2.T, s.d_z2.T),
-                    (s.d_w2_operand.T, s.g2_step.T),
-                    (s.x_q.T, s.d_attention2.at[at].T),
-                )
-                d_z1 = d_z1 + d_g1 * d_x * inner.gelu_second_derivative(z1)
-                s.d_z1.T[...] = d_z1.astype(bf16)
-                plgpu.commit_smem()
-                # Back to the tokens and the weights.
-                d_k, d_q = over_cluster(
-                    lambda: product(
-                        (D, n),
-                        (q_t, s.d_attention1.at[at].T),
-                        (s.d_w1_operand.T, s.g1_step.T),
-                        (s.w1.T, s.d_z1.T),
-                    ),
-                    lambda: product((D, n), (s.w1.T, s.d_z1_q.at[block].T), (k_t, s.d_attention1.at[tokens, block])),
-                )
-                s.d_out.at[at].T[...] = (load(s.d_out.at[at].T).astype(f32) + d_q).astype(bf16)
-                s.d_k.at[at].T[...] = (d_k - d.d_target).astype(bf16)
-                s.v.at[at].T[...] = d.d_target.astype(bf16)
-                s.d_w1[...] = load(s.d_w1) + product((D, D), (s.d_z1.T, s.k.at[at]))
-                s.d_w2[...] = load(s.d_w2) + product((D, D), (s.d_z2.T, s.x.at[at]), (s.g2.at[at].T, s.d_u))
-                return next_d_b1 + d_z1.sum(axis=1), next_d_b2 + d.d_z.sum(axis=1), d_gamma, d_beta
-
-            carry = mini_batches.over_blocks(back_through_update, tuple(carry))
-            s.d_w1[...] = load(s.d_w1) + product((D, D), (s.d_z1_q.T, s.q.at[tokens]))
-            s.d_w2[...] = load(s.d_w2) + product((D, D), (s.d_z2_q.T, s.x_q))
-            return *carry, d_lr_read
-
-        def tile(first, j, carry):
-            """Back over tile `first + j`."""
-            s = matrices()
-            tokens = pl.ds((first + j) * TILE, TILE)
-            hopper.fetch(
-                tile_barrier,
-                (q_g.at[row, tokens, head], s.q),
-                (k_g.at[row, tokens, head], s.k),
-                (v_g.at[row, tokens, head], s.v),
-                (d_out_g.at[row, tokens, head], s.d_out),
-                (lr_read_g.at[row, head, tokens], lr_read_s),
-                (lr_update_g.at[row, head, tokens], lr_update_s),
-            )
-            *carry, d_lr_read = lax.fori_loop(
-                0,
-                mini_batches.per_tile,
-                lambda i, carry: mini_batch(mini_batches.per_tile - 1 - i, j, *carry),
-                (*carry, jnp.zeros_like(carry[0])),
-            )
-            d_lr_read_s[...] = d_lr_read
-            plgpu.commit_smem()
+        def fetch(barrier, i, *copies: tuple[Any, Any]) -> None:
+            """From global memory, of mini-batch i."""
+            tokens = pl.ds(i * C, C)
 
             @pl.when(own == 0)
             def _():
-                plgpu.copy_smem_to_gmem(s.d_out, d_q_g.at[row, tokens, head])
-                plgpu.copy_smem_to_gmem(s.d_k, d_k_g.at[row, tokens, head])
-                plgpu.copy_smem_to_gmem(s.v, d_v_g.at[row, tokens, head])
+                for source, target in copies:
+                    of_mini_batch = (row, tokens, head) if source.ndim == 4 else (row, head, tokens)
+                    plgpu.copy_gmem_to_smem(source.at[*of_mini_batch], target, barrier)
 
-            hopper.save(
-                (d_lr_read_s, d_lr_read_g.at[*at_own, tokens]),
-                (d_lr_update_s, d_lr_update_g.at[*at_own, tokens]),
-                (d_scale_s, d_scale_g.at[*at_own, tokens]),
+        @pl.when(own == 0)
+        def _():
+            plgpu.copy_gmem_to_smem(scale_g, vectors().scale, start_barrier)
+
+        plgpu.barrier_wait(start_barrier)
+        gamma, beta = (over_columns(load(ref.at[head], ROWS), BLOCK) for ref in (ln_scale_g, ln_bias_g))
+
+        def before_gelu(b1, at, width: int = WIDTH):
+            """Layer 1 of keys."""
+            s = matrices()
+            return product((D, width), (s.weights.at[own], s.k.at[at].T)) + over_columns(b1, width)
+
+        def write_weights(w1t, w2t) -> None:
+            s = matrices()
+            s.weights.at[own][...], s.w2.at[own][...] = w1t, w2t
+            plgpu.commit_smem()
+
+        def inner_gradient(b2):
+            """Of layer 2, of the own block, to SMEM."""
+            s = matrices()
+            z2 = product((D, BLOCK), *over_slices(lambda j: (s.w2.at[j], s.hidden.at[j, :, at])))
+            target = load(s.values.at[at].T).astype(f32) - load(s.k.at[at].T).astype(f32)
+            keys = inner_loss().gradient(z2 + over_columns(b2, BLOCK), target, gamma, beta)
+            s.g2.at[:, at][...] = keys.g.astype(bf16)
+            return keys
+
+        def fetch_keys(i) -> None:
+            s = matrices()
+            fetch(recompute_barrier, i, (k_g, s.k), (v_g, s.values), (lr_update_g, vectors().lr_update))
+
+        def recompute(first, count, j, weights):
+            """Forward over mini-batch `first + j`, keeping the weights that it starts with."""
+            w1t, b1, w2t, b2 = weights
+            plgpu.barrier_wait(recompute_barrier)
+            operands = w1t.astype(bf16), w2t.astype(bf16)
+            for layer, (weight, bias) in enumerate(zip(operands, (b1, b2), strict=True)):
+                kept.keep(of_own(weights_g, j, layer), weight, interpreted=blocks.interpreted)
+                of_own(biases_g, j, layer)[...] = bias
+            write_weights(*operands)
+
+            def hidden_layer(i, at, _):
+                matrices().hidden.at[own, :, at][...] = inner.gelu(before_gelu(b1, at)).astype(bf16)
+
+            over_parts(hidden_layer)
+            together()
+            g2_step = inner_gradient(b2).g * step_size(at)
+            matrices().d_z2_q.at[:, at][...] = (-g2_step).astype(bf16)
+            vectors().of_blocks.at[own][...] = g2_step.sum(axis=1)
+            together()
+
+            def back(i, step1):
+                s, of_block = matrices(), mini_batches.block(0, i)
+                g1 = product((D, BLOCK), (s.w2.at[own].T, s.g2.at[:, of_block]))
+                g1_step = g1 * inner.gelu_gradient(before_gelu(b1, of_block, BLOCK)) * step_size(of_block)
+                s.g1.at[own, :, of_block][...] = (-g1_step).astype(bf16)
+                return step1 + g1_step.sum(axis=1)
+
+            step1 = mini_batches.over_blocks(back, jnp.zeros_like(b1))
+            plgpu.commit_smem()
+            s, fused = matrices(), not blocks.interpreted
+            w1t = hopper.updated(w1t, s.g1.at[own], s.k, fused=fused)
+            w2t = hopper.updated(w2t, s.d_z2_q, s.hidden.at[own].T, fused=fused)
+            b1, b2 = b1 - step1, b2 - over_warpgroups(vectors().of_blocks)
+            together()
+            pl.when(j + 1 < count)(lambda: fetch_keys(first + j + 1))
+            return w1t, b1, w2t, b2
+
+        def is_seen():
+            return mini_batches.is_seen(zero(), own, causal=causal)
+
+        def steps():
+            """[C, BLOCK]: minus the step sizes of the sources that a reader sees; its own scale."""
+            step = jnp.where(is_seen(), -over_columns(load(vectors().lr_read, ROWS), BLOCK), 0.0)
+            return step, over_rows(load(vectors().scale.at[at], COLUMNS))
+
+        def attend():
+            """[C, BLOCK]: how the own block's readers attend to keys."""
+            s = matrices()
+            return jnp.where(is_seen(), product((C, BLOCK), (s.k, s.q.at[at].T)) + 1.0, 0.0)
+
+        def fetch_others(i) -> None:
+            """What is not read at the end of the mini-batch before."""
+            s = matrices()
+            fetch(back_barrier, i, (v_g, s.values), (d_out_g, s.readers), (lr_read_g, vectors().lr_read))
+
+        def fetch_queries_and_keys(i) -> None:
+            s = matrices()
+            fetch(back_barrier, i, (q_g, s.q), (k_g, s.k), (lr_update_g, vectors().lr_update))
+
+        def mini_batch(first, j, carry):
+            """Back over mini-batch `first + j`; then come those before it, down to `first`."""
+            d_b1, d_b2, d_gamma, d_beta = carry
+            b1, b2 = (load(of_own(biases_g, j, layer), ROWS) for layer in range(2))
+            plgpu.commit_smem()
+            plgpu.barrier_wait(back_barrier)
+
+            # The forward pass again. By slices: the hidden layer of the keys.
+            def hidden_layer(i, at, _):
+                z1 = before_gelu(b1, at)
+                keep(_Z1, i, z1)
+                matrices().hidden.at[own, :, at][...] = inner.gelu(z1).astype(bf16)
+
+            over_parts(hidden_layer)
+
+            @pl.when(own == 0)
+            def _():
+                plgpu.wait_smem_to_gmem(0)  # the results of the mini-batch before
+
+            together()
+            # By tokens: the inner gradient, and how readers attend to keys.
+            keys = inner_gradient(b2)
+            s = matrices()
+            step, by_reader = steps()
+            s.mixing.at[:, at][...] = (attend() * by_reader * step).astype(bf16)
+            together()
+
+            # By slices: layer 1's inner gradient, and the hidden layer of the readers.
+            def back_to_layer1(i, at, _):
+                s, z1 = matrices(), read(_Z1, i)
+                d_x = product((D, WIDTH), (s.w2.at[own].T, s.g2.at[:, at]))
+                s.g1.at[own, :, at][...] = (d_x * inner.gelu_gradient(z1.astype(f32))).astype(bf16)
+
+            def readers(i, at, _):
+                s = matrices()
+                z1_q = product((D, WIDTH), (s.weights.at[own], s.q.at[at].T), (s.g1.at[own], s.mixing.at[:, at]))
+                z1_q = z1_q + over_columns(b1, WIDTH)
+                keep(_SLOPE_Q, i, inner.gelu_gradient(z1_q))
+                s.hidden_q.at[own, :, at][...] = inner.gelu(z1_q).astype(bf16)
+
+            over_parts(back_to_layer1)
+            plgpu.commit_smem()
+            d_w2 = read_d_w(_D_W2).astype(bf16)
+            over_parts(readers)
+            all_have_read()
+            matrices().weights.at[own][...] = d_w2
+            together()
+
+            # By tokens: back through layer 2 of the readers, and through its step for the keys.
+            s = matrices()
+            attention2 = product((C, BLOCK), *over_slices(lambda j: (s.hidden.at[j].T, s.hidden_q.at[j, :, at])))
+            attention2 = jnp.where(is_seen(), attention2 + 1.0, 0.0)
+            step, by_reader = steps()
+            s.mixing2.at[:, at][...] = (attention2 * by_reader * step).astype(bf16)
+            plgpu.commit_smem()
+            s = matrices()
+            z2 = product(
+                (D, BLOCK),
+                *over_slices(lambda j: (s.w2.at[j], s.hidden_q.at[j, :, at])),
+                (s.g2, s.mixing2.at[:, at]),
             )
-            return tuple(carry)
+            d_out = load(s.readers.at[at].T)
+            normalized, rstd = inner_loss().normalize(z2 + over_columns(b2, BLOCK))
+            of_out = d_out.astype(f32)
+            d_gamma, d_beta = d_gamma + over_tokens(of_out * normalized), d_beta + over_tokens(of_out)
+            d_z2_q = rstd * inner_loss().without_projections(of_out * gamma, normalized)
+            s.d_z2_q.at[:, at][...] = d_z2_q.astype(bf16)
+            vectors().of_blocks.at[own][...] = d_z2_q.sum(axis=1)
+            plgpu.commit_smem()
+            s = matrices()
+            d_mixing2 = jnp.where(is_seen(), product((C, BLOCK), (s.g2.T, s.d_z2_q.at[:, at])), 0.0)
+            s.d_attention2.at[:, at][...] = (d_mixing2 * by_reader * step).astype(bf16)
+            of_reader = d_mixing2 * attention2
+            d_step2 = product((D, BLOCK), *over_slices(lambda j: (s.weights.at[j], s.hidden.at[j, :, at])))
+            d_step2 = d_step2 + over_columns(d_b2, BLOCK)
+            d_lr = inner_loss().total(keys.g * d_step2)
+            together()
+
+            # By slices: back through layer 1 of the readers, and through layer 1's step and its inner gradient.
+            s = matrices()
+            d_b2 = d_b2 + over_warpgroups(vectors().of_blocks)
+            d_g2 = product((D, BLOCK), (s.d_z2_q, s.mixing2.at[at].T)) - d_step2 * step_size(at)
+
+            def back_through_attention2(i, at, _):
+                s, z1 = matrices(), read(_Z1, i)
+                of_x = product((D, WIDTH), (s.hidden_q.at[own], s.d_attention2.at[at].T))
+                of_x = of_x - product((D, WIDTH), (s.weights.at[own].T, s.g2.at[:, at])) * step_size(at)
+                keep(_OF_Z1, i, of_x * inner.gelu_gradient(z1.astype(f32)))
+
+            over_parts(back_through_attention2)
+            s = matrices()
+            of_w2 = product((D, D), (s.d_z2_q, s.hidden_q.at[own].T))
+            kept.keep(of_own(of_w2_g), of_w2.astype(bf16), interpreted=blocks.interpreted)
+            all_have_read()
+
+            def back_to_readers(i, at, of_b1):
+                s, slope = matrices(), read(_SLOPE_Q, i)
+                d_x_q = product(
+                    (D, WIDTH), (s.w2.at[own].T, s.d_z2_q.at[:, at]), (s.hidden.at[own], s.d_attention2.at[:, at])
+                )
+                d_z1_q = d_x_q * slope.astype(f32)
+                s.hidden_q.at[own, :, at][...] = d_z1_q.astype(bf16)
+                return of_b1 + over_tokens(d_z1_q)
+
+            d_w1 = read_d_w(_D_W1).astype(bf16)
+            next_d_b1 = over_parts(back_to_readers, d_b1)
+            matrices().weights.at[own][...] = d_w1
+            plgpu.commit_smem()
+
+            def back_through_step1(i, at, _):
+                s, z1, of_z1 = matrices(), read(_Z1, i), read(_OF_Z1, i)
+                d_step1 = product((D, WIDTH), (s.weights.at[own], s.k.at[at].T)) + over_columns(d_b1, WIDTH)
+                g1 = load(s.g1.at[own, :, at]).astype(f32)
+                vectors().of_layer1.at[own, at][...] = inner_loss().total(g1 * d_step1)
+                d_g1 = product((D, WIDTH), (s.hidden_q.at[own], s.mixing.at[at].T)) - d_step1 * step_size(at)
+                z1 = z1.astype(f32)
+                s.hidden.at[own, :, at][...] = (d_g1 * inner.gelu_gradient(z1)).astype(bf16)
+                d_x = product((D, WIDTH), (s.w2.at[own].T, s.g2.at[:, at]))
+                keep(_OF_Z1, i, of_z1.astype(f32) + d_g1 * d_x * inner.gelu_second_derivative(z1))
+
+            over_parts(back_through_step1)
+            d_b1 = next_d_b1
+            together()
+
+            # By tokens: back through layer 1's attention, and through layer 2's inner gradient.
+            s = matrices()
+            d_mixing1 = product((C, BLOCK), *over_slices(lambda j: (s.g1.at[j].T, s.hidden_q.at[j, :, at])))
+            d_mixing1 = jnp.where(is_seen(), d_mixing1, 0.0)
+            step, by_reader = steps()
+            s.mixing.at[:, at][...] = (d_mixing1 * by_reader * step).astype(bf16)
+            of_reader = of_reader + d_mixing1 * attend()
+            vectors().of_readers.at[own][...] = (of_reader * by_reader).sum(axis=1)
+            vectors().d_scale.at[at][...] = inner_loss().total(of_reader * step)
+            s = matrices()
+            d_g2 = d_g2 + product((D, BLOCK), *over_slices(lambda j: (s.w2.at[j], s.hidden.at[j, :, at])))
+            of_step1 = product((D, BLOCK), *over_slices(lambda j: (s.weights.at[j].T, s.g1.at[j, :, at])))
+            of_layer1 = hopper.total(load(vectors().of_layer1.at[j, at], COLUMNS) for j in range(SLICES))
+            vectors().d_lr_update.at[at][...] = -(of_layer1 + d_lr)
+            d = inner_loss().back_through_gradient(d_g2, keys, gamma)
+            s.d_z2.at[:, at][...] = d.d_z.astype(bf16)
+            vectors().of_blocks.at[own][...] = d.d_z.sum(axis=1)
+            d_gamma, d_beta = d_gamma + over_tokens(d.d_gamma), d_beta + over_tokens(d.d_beta)
+            of_key = d.d_target + of_step1 * step_size(at)
+            together()
+
+            # By slices: back through the layers of the keys, to the weights.
+            s = matrices()
+            d_b2 = d_b2 + over_warpgroups(vectors().of_blocks)
+            fused = not blocks.interpreted
+            of_w2 = kept.kept(of_own(of_w2_g), interpreted=blocks.interpreted).astype(f32)
+            d_w2 = hopper.updated(read_d_w(_D_W2) + of_w2, s.g2, s.hidden.at[own].T, fused=fused)
+            plgpu.commit_smem()
+
+            def hidden_layer_again(i, at, _):
+                matrices().hidden.at[own, :, at][...] = inner.gelu(read(_Z1, i).astype(f32)).astype(bf16)
+
+            over_parts(hidden_layer_again)
+            plgpu.commit_smem()
+            s = matrices()
+            keep_d_w(_D_W2, hopper.updated(d_w2, s.d_z2, s.hidden.at[own].T, fused=fused))
+            plgpu.commit_smem()
+
+            def back_to_keys(i, at, of_b1):
+                s, z1, of_z1 = matrices(), read(_Z1, i), read(_OF_Z1, i)
+                d_x = product((D, WIDTH), (s.w2.at[own].T, s.d_z2.at[:, at]))
+                d_z1 = d_x * inner.gelu_gradient(z1.astype(f32)) + of_z1.astype(f32)
+                s.hidden.at[own, :, at][...] = d_z1.astype(bf16)
+                return of_b1 + over_tokens(d_z1)
+
+            d_b1 = over_parts(back_to_keys, d_b1)
+            w1t, d_w1 = weights_at(j, 0), read_d_w(_D_W1)
+            matrices().weights.at[own][...] = w1t
+            plgpu.commit_smem()
+            s = matrices()
+            d_w1 = hopper.updated(d_w1, s.hidden.at[own], s.k, fused=fused)
+            keep_d_w(_D_W1, hopper.updated(d_w1, s.hidden_q.at[own], s.q, fused=fused))
+            together()
+
+            # By tokens: back to the queries and the keys.
+            pl.when(j > 0)(lambda: fetch_others(first + j - 1))
+            s = matrices()
+            d_q_s, d_k_s, d_v_s = (s.g1.at[result] for result in range(3))
+            before = [weights_at(jnp.maximum(j - 1, 0), layer) for layer in range(2)]
+            d_q = product(
+                (D, BLOCK),
+                *over_slices(lambda j: (s.weights.at[j].T, s.hidden_q.at[j, :, at])),
+                (s.k.T, s.mixing.at[:, at]),
+            )
+            d_q_s.at[at].T[...] = (d_out.astype(f32) + d_q).astype(bf16)
+            d_k = product(
+                (D, BLOCK),
+                *over_slices(lambda j: (s.weights.at[j].T, s.hidden.at[j, :, at])),
+                (s.q.T, s.mixing.at[at].T),
+            )
+            d_k_s.at[at].T[...] = (d_k - of_key).astype(bf16)
+            d_v_s.at[at].T[...] = d.d_target.astype(bf16)
+
+            @pl.when(own == 0)
+            def _():
+                vectors().d_lr_read[...] = -over_warpgroups(vectors().of_readers)
+
+            together()
+
+            s = matrices()
+            s.weights.at[own][...], s.w2.at[own][...] = before
+
+            @pl.when(own == 0)
+            def _():
+                tokens = pl.ds((first + j) * C, C)
+                for source, target in ((d_q_s, d_q_g), (d_k_s, d_k_g), (d_v_s, d_v_g)):
+                    plgpu.copy_smem_to_gmem(source, target.at[row, tokens, head])
+                for source, target in (
+                    (vectors().d_lr_read, d_lr_read_g),
+                    (vectors().d_lr_update, d_lr_update_g),
+                    (vectors().d_scale, d_scale_g),
+                ):
+                    plgpu.copy_smem_to_gmem(source, target.at[row, head, tokens])
+
+            pl.when(j > 0)(lambda: fetch_queries_and_keys(first + j - 1))
+            return d_b1, d_b2, d_gamma, d_beta
 
         def group(i, carry):
             at = num_groups - 1 - i
-            first = at * blocks.tiles_per_checkpoint
-            count = per_group if num_tiles % per_group == 0 else jnp.minimum(per_group, num_tiles - first)
+            first = at * every
+            count = jnp.minimum(jnp.int32(per_group), num_mini_batches - first)
             weights = (
                 load(w1t_kept_g.at[row, head, at, own]),
                 load(b1_kept_g.at[row, head, at, own], ROWS),
                 load(w2t_kept_g.at[row, head, at, own]),
                 load(b2_kept_g.at[row, head, at], ROWS),
             )
-            lax.fori_loop(0, count, lambda j, weights: recompute(first, j, weights), weights)
-            return lax.fori_loop(0, count, lambda j, carry: tile(first, count - 1 - j, carry), carry)
 
-        d_b1, d_b2 = load(d_b1_end_g.at[at_own], ROWS), load(d_b2_end_g.at[row, head], ROWS)
-        nothing = jnp.zeros_like(d_b1)
-        d_b1, d_b2, d_gamma, d_beta = lax.fori_loop(0, num_groups, group, (d_b1, d_b2, nothing, nothing))
-        s = matrices()
-        d_w1t_g.at[at_own][...], d_w2t_g.at[at_own][...] = load(s.d_w1), load(s.d_w2)
-        d_b1_g.at[at_own][...] = d_b1
+            @pl.when(own == 0)
+            def _():
+                plgpu.wait_smem_to_gmem(0)  # the results of the mini-batch before
+
+            fetch_keys(first)
+            lax.fori_loop(jnp.int32(0), count, lambda j, weights: recompute(first, count, j, weights), weights)
+            last = first + count - 1
+            fetch_others(last)
+            fetch_queries_and_keys(last)
+            write_weights(*(weights_at(count - 1, layer) for layer in range(2)))
+            return lax.fori_loop(jnp.int32(0), count, lambda j, carry: mini_batch(first, count - 1 - j, carry), carry)
+
+        for layer, end in ((_D_W1, d_w1t_end_g), (_D_W2, d_w2t_end_g)):
+            keep_d_w(layer, load(of_own(end)))
+        d_b1, d_b2 = load(of_own(d_b1_end_g), ROWS), load(d_b2_end_g.at[row, head], ROWS)
+        zeros = jnp.zeros_like(d_b1)
+        d_b1, d_b2, d_gamma, d_beta = lax.fori_loop(
+            jnp.int32(0), jnp.int32(num_groups), group, (d_b1, d_b2, zeros, zeros)
+        )
+        for layer, result in ((_D_W1, d_w1t_g), (_D_W2, d_w2t_g)):
+            of_own(result)[...] = read_d_w(layer)
+        of_own(d_b1_g)[...] = d_b1
+        of_own(d_ln_scale_g)[...], of_own(d_ln_bias_g)[...] = d_gamma, d_beta
 
         @pl.when(own == 0)
         def _():
-            for value, target in ((d_b2, d_b2_g), (d_gamma, d_ln_scale_g), (d_beta, d_ln_bias_g)):
-                target.at[row, head][...] = value
-
-        exchange.finish(of_exchange)
+            d_b2_g.at[row, head][...] = d_b2
+            plgpu.wait_smem_to_gmem(0)
 
     def matrix(*shape: int) -> Any:
-        return plgpu.SMEM(shape, bf16, transforms=hopper.over_tokens(n))
+        return plgpu.SMEM((1, *shape), bf16, transforms=hopper.over_tokens(BLOCK))
 
-    def float32(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, f32)
-
-    steps, vector = plgpu.SMEM((TILE,), f32), plgpu.SMEM((D,), f32)
-    kept = per_group * mini_batches.per_tile
-    of_tokens, of_steps = jax.ShapeDtypeStruct(q.shape, bf16), float32(*rows, SLICES, num_tokens)
-    of_weights = tuple(float32(*x.shape) for x in (d_w1t, d_b1, d_w2t, d_b2))
-    results = plgpu.kernel(
-        body,
-        out_type=(
-            *(of_tokens,) * 3,
-            *(of_steps,) * 3,
-            *of_weights,
-            *(float32(*rows, D),) * 2,
-            jax.ShapeDtypeStruct((*rows, SLICES, kept, 2, D, D), bf16),
-            float32(*rows, SLICES, kept, 2, D),
-            *of_sums,
-        ),
-        grid=rows,
-        grid_names=("row", "head"),
-        cluster=(SLICES,),
-        cluster_names=(AXIS,),
-        scratch_types=[
-            *(steps, steps, plgpu.SMEM((c,), f32), steps, steps, steps, vector, vector),
-            sums.scratch(1),
-            hopper.HIDDEN_ZERO,
-            *(plgpu.Barrier(num_arrivals=arrivals) for arrivals in (3, 3, 6)),
-            *(matrix(1, TILE, D),) * 5,
-            *(plgpu.SMEM((1, D, D), f32, transforms=hopper.FLOAT32),) * 2,
-            *(matrix(1, D, D),) * 4,
-            *(matrix(1, TILE, D),) * 3,
-            *(matrix(1, c, D),) * 3,
-            *(matrix(1, n, D),) * 5,
-            *(matrix(1, TILE, c),) * 4,
-            *exchange.scratch(),
-        ],
-        compiler_params=hopper.compiler_params(),
-        interpret=interpret,
-    )(
+    arguments = (
         *(q, k, v, lr_read, lr_update, scale, w1t_kept, b1_kept, w2t_kept, b2_kept, ln_scale, ln_bias, d_out, d_w1t),
         *(d_b1, d_w2t, d_b2),
     )
-    d_q, d_k, d_v, *d_steps = results[:6]
-    return d_q, d_k, d_v, *(x.sum(axis=2) for x in d_steps), *results[6:12]
+    return launch(
+        body,
+        arguments,
+        mini_batches=per_group,
+        more=[
+            jax.ShapeDtypeStruct((*rows, SLICES, 3, C // WIDTH, D, WIDTH), bf16),
+            jax.ShapeDtypeStruct((*rows, SLICES, D, D), bf16),
+            jax.ShapeDtypeStruct((*rows, SLICES, 2, D, D), f32),
+        ],
+        scratch=[
+            *(plgpu.SMEM((1, 6, C), f32), plgpu.SMEM((1, 3, SLICES, D), f32)),
+            sums.scratch(SLICES),
+            hopper.HIDDEN_ZERO,
+            *(plgpu.Barrier(num_arrivals=arrivals) for arrivals in (1, 3, 6)),
+            plgpu.Barrier(num_arrivals=SLICES),
+            *(matrix(C, D),) * 4,
+            *(matrix(SLICES, D, D),) * 2,
+            *(matrix(SLICES, D, C),) * 3,
+            *(matrix(C, C),) * 3,
+        ],
+        interpret=interpret,
+    )

@@ -61,9 +61,9 @@ def forward(
     c = scale.shape[0]
     n = min(c, blocks.columns)
     mini_batches = MiniBatches(c, n)
+    early = mini_batches.per_tile == 1  # the keys of the next tile are copied while outputs are computed
     num_tiles = num_tokens // TILE
     num_checkpoints = -(-num_tiles // blocks.tiles_per_checkpoint)
-    stages = min(blocks.stages, num_tiles)
     f32, bf16 = jnp.float32, jnp.bfloat16
     rows, shape = (batch_size, num_heads), jax.ShapeDtypeStruct
     of_weights = tuple(shape(x.shape, f32) for x in (w1t, b1, w2t, b2))
@@ -76,7 +76,7 @@ def forward(
         kept_g, refs = refs[: len(of_checkpoints)], refs[len(of_checkpoints) :]
         (
             q_s, k_s, v_s, lr_read_s, lr_update_s, scale_s, steps2_s, sums_s, zero_s,
-            tile_barriers, start_barrier, everyone, *of_matrices,
+            keys_barrier, queries_barrier, start_barrier, everyone, *of_matrices,
         ) = refs  # fmt: skip
         zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
@@ -101,17 +101,31 @@ def forward(
             else:
                 pl.when(i < mini_batches.num_blocks)(lambda: body(i))
 
-        def fetch(i, slot):
+        def fetch(i, barrier, *copies: tuple[Any, Any]) -> None:
+            """Tile i, where there is one."""
             tokens = pl.ds(i * TILE, TILE)
-            for source, target in ((q_g, q_s), (k_g, k_s), (v_g, v_s)):
-                plgpu.copy_gmem_to_smem(source.at[row, tokens, head], target.at[slot], tile_barriers.at[slot])
-            for source, target in ((lr_read_g, lr_read_s), (lr_update_g, lr_update_s)):
-                plgpu.copy_gmem_to_smem(source.at[row, head, tokens], target.at[slot], tile_barriers.at[slot])
+
+            @pl.when((own == 0) & (i < num_tiles))
+            def _():
+                for source, target in copies:
+                    of_tile = (row, tokens, head) if source.ndim == 4 else (row, head, tokens)
+                    plgpu.copy_gmem_to_smem(source.at[*of_tile], target, barrier)
+
+        def fetch_keys(i) -> None:
+            fetch(i, keys_barrier, (k_g, k_s), (v_g, v_s), (lr_update_g, lr_update_s))
+
+        def fetch_queries(i) -> None:
+            fetch(i, queries_barrier, (q_g, q_s), (lr_read_g, lr_read_s))
+
+        def wait_for_outputs() -> None:
+            """Those of the tile before; before the other warpgroups write, they wait for this one."""
+            pl.when(own == 0)(lambda: plgpu.wait_smem_to_gmem(0))
+
+        fetch_keys(jnp.int32(0))
+        fetch_queries(jnp.int32(0))
 
         @pl.when(own == 0)
         def _():
-            for slot in range(stages):
-                fetch(slot, slot)
             plgpu.copy_gmem_to_smem(scale_g, scale_s, start_barrier)
 
         w1t, w2t = (load(ref.at[row, head, own]) for ref in (w1t_g, w2t_g))
@@ -129,17 +143,16 @@ def forward(
             def _():
                 b2_target[...] = b2
 
-        def mini_batch(m, slot, weights):
+        def mini_batch(t, m, weights):
             w1t, b1, w2t, b2 = weights
             tokens = mini_batches.tokens(m)
-            q_t, k_t, v_t = q_s.at[slot], k_s.at[slot], v_s.at[slot]
             s = matrices()
             s.w1.at[own][...], s.w2.at[own][...] = w1t.astype(bf16), w2t.astype(bf16)
             plgpu.commit_smem()
 
             def hidden_layer(at, width):
                 s = matrices()
-                return product((D, width), (s.w1.at[own], k_t.at[at].T)) + over_columns(b1, width)
+                return product((D, width), (s.w1.at[own], k_s.at[at].T)) + over_columns(b1, width)
 
             s.x.at[own, :, tokens][...] = inner.gelu(hidden_layer(tokens, c)).astype(bf16)
             together()
@@ -148,10 +161,10 @@ def forward(
                 s = matrices()
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 z2 = product((D, n), *over_slices(lambda j: (s.w2.at[j], s.x.at[j, :, at]))) + over_columns(b2, n)
-                keys = load(k_t.at[at].T).astype(f32)
-                target = load(v_t.at[at].T).astype(f32) - keys
+                keys = load(k_s.at[at].T).astype(f32)
+                target = load(v_s.at[at].T).astype(f32) - keys
                 g2 = loss.gradient(z2, target, gamma, beta).g
-                lr = over_rows(load(lr_update_s.at[slot, at], COLUMNS))
+                lr = over_rows(load(lr_update_s.at[at], COLUMNS))
                 g2_step = g2 * lr
                 s.g2.at[:, block][...] = g2.astype(bf16)
                 s.g2_step.at[:, block][...] = (-g2_step).astype(bf16)
@@ -161,15 +174,17 @@ def forward(
             def steps_of(i):
                 """[TILE, n]: minus the steps that the readers of block i take along their sources' gradients."""
                 is_seen = mini_batches.is_seen(m, i, causal=causal)
-                steps = over_columns(load(lr_read_s.at[slot], ROWS), n)
+                steps = over_columns(load(lr_read_s, ROWS), n)
                 return jnp.where(is_seen, -steps * over_rows(load(scale_s.at[mini_batches.block(0, i)], COLUMNS)), 0.0)
 
             def attend(i):
                 s = matrices()
-                attention = product((TILE, n), (k_t, q_t.at[mini_batches.block(m, i)].T))
+                attention = product((TILE, n), (k_s, q_s.at[mini_batches.block(m, i)].T))
                 s.mixing1.at[:, mini_batches.block(0, i)][...] = inner.mixing(attention, steps_of(i)).astype(bf16)
 
             for_block(learn, first=0)
+            if early:
+                plgpu.barrier_wait(queries_barrier)
             for_block(attend, first=1)
             together()
 
@@ -178,20 +193,25 @@ def forward(
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
                 g1 = product((D, n), (s.w2.at[own].T, s.g2.at[:, block])) * inner.gelu_gradient(hidden_layer(at, n))
                 s.g1.at[own, :, block][...] = g1.astype(bf16)
-                return step1 + (g1 * over_rows(load(lr_update_s.at[slot, at], COLUMNS))).sum(axis=1)
+                return step1 + (g1 * over_rows(load(lr_update_s.at[at], COLUMNS))).sum(axis=1)
 
             step1 = mini_batches.over_blocks(back, jnp.zeros_like(b1))
             plgpu.commit_smem()
 
             s = matrices()
-            z1 = product((D, c), (s.w1.at[own], q_t.at[tokens].T), (s.g1.at[own], s.mixing1.at[tokens]))
+            z1 = product((D, c), (s.w1.at[own], q_s.at[tokens].T), (s.g1.at[own], s.mixing1.at[tokens]))
             x_q = inner.gelu(z1 + over_columns(b1, c)).astype(bf16)
             w1t = hopper.updated(w1t, s.g1.at[own], s.k_step.T, fused=not blocks.interpreted)
             plgpu.commit_smem()  # g1 has been read
             s.x_q.at[own][...] = x_q
             w2t = hopper.updated(w2t, s.g2_step, s.x.at[own, :, tokens].T, fused=not blocks.interpreted)
             step2 = hopper.total(load(steps2_s.at[i], ROWS) for i in range(mini_batches.num_blocks))
+
+            if early:
+                wait_for_outputs()
             together()
+            if early:
+                fetch_keys(t + 1)
 
             def read(i):
                 s = matrices()
@@ -205,14 +225,13 @@ def forward(
                     (s.g2, s.mixing2.at[tokens, block]),
                 )
                 normalized, _ = loss.normalize(z2 + over_columns(b2, n))
-                s.out.at[at].T[...] = (load(q_t.at[at].T).astype(f32) + gamma * normalized + beta).astype(bf16)
+                s.out.at[at].T[...] = (load(q_s.at[at].T).astype(f32) + gamma * normalized + beta).astype(bf16)
 
             for_block(read, first=1)
             together()
             return w1t, b1 - step1, w2t, b2 - step2
 
         def tile(i, weights):
-            slot = lax.rem(i, stages)
             if keep:
 
                 @pl.when(lax.rem(i, blocks.tiles_per_checkpoint) == 0)
@@ -222,21 +241,18 @@ def forward(
                     )
                     save(weights, w1t_g.at[own], b1_g.at[own], w2t_g.at[own], b2_g)
 
-            plgpu.barrier_wait(tile_barriers.at[slot])
-
-            @pl.when(own == 0)
-            def _():
-                plgpu.wait_smem_to_gmem(0)  # the outputs of the tile before; before the others write, they wait for it
-
-            weights = lax.fori_loop(0, mini_batches.per_tile, lambda m, weights: mini_batch(m, slot, weights), weights)
+            plgpu.barrier_wait(keys_barrier)
+            if not early:
+                plgpu.barrier_wait(queries_barrier)
+                wait_for_outputs()
+            weights = lax.fori_loop(0, mini_batches.per_tile, lambda m, weights: mini_batch(i, m, weights), weights)
+            fetch_queries(i + 1)
+            if not early:
+                fetch_keys(i + 1)
 
             @pl.when(own == 0)
             def _():
                 plgpu.copy_smem_to_gmem(matrices().out, out_g.at[row, pl.ds(i * TILE, TILE), head])
-
-                @pl.when(i + stages < num_tiles)
-                def _():
-                    fetch(i + stages, slot)
 
             return weights
 
@@ -256,8 +272,7 @@ def forward(
     def matrix(*shape: int) -> Any:
         return plgpu.SMEM(shape, bf16, transforms=hopper.over_tokens(n))
 
-    tokens = matrix(stages, TILE, D)
-    steps = plgpu.SMEM((stages, TILE), f32)
+    tokens, steps = matrix(TILE, D), plgpu.SMEM((TILE,), f32)
     return plgpu.kernel(
         body,
         out_type=(shape(q.shape, bf16), *of_weights, *of_checkpoints),
@@ -269,8 +284,7 @@ def forward(
             *(tokens, tokens, tokens, steps, steps, plgpu.SMEM((c,), f32)),
             *(plgpu.SMEM((mini_batches.num_blocks, D), f32), sums.scratch(SLICES)),
             hopper.HIDDEN_ZERO,
-            plgpu.Barrier(num_arrivals=5, num_barriers=stages),
-            plgpu.Barrier(),
+            *(plgpu.Barrier(num_arrivals=arrivals) for arrivals in (3, 2, 1)),
             plgpu.Barrier(num_arrivals=SLICES),
             *(matrix(1, TILE, D), matrix(1, SLICES, D, D), matrix(1, SLICES, D, D), matrix(1, SLICES, D, TILE)),
             *(matrix(1, SLICES, D, c), matrix(1, D, c), matrix(1, D, c), matrix(1, D, c)),

@@ -2,7 +2,6 @@
 races detected in all that do not differ from another in a mask alone."""
 
 import contextlib
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -12,8 +11,6 @@ import numpy as np
 import pytest
 import ttt_kernels
 from jax.sharding import AxisType
-from ttt_kernels import mlp_backward_c64_one_block
-from ttt_kernels.blocks import MLPBlocks
 
 import ttt_jax
 from ttt_jax.layers.ttt import TTTConfig, TTTLayer
@@ -245,24 +242,12 @@ def test_every_gradient(gpu, variant):
     check_gradients(variant, GRADIENTS[variant])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", MLP, ids=str)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[] if v == MLP[2] else [pytest.mark.slow]) for v in MLP], ids=str
+)
 def test_every_gradient_of_the_mlp_over_more_tiles(gpu, variant):
     """Three tiles after the open mini-batch, with two and one for a checkpoint."""
     check_gradients(variant, Rows(200, 60, [195], [False], remat_every=128 // variant.mini_batch_size))
-
-
-@pytest.mark.parametrize("variant", [MLP[2], pytest.param(MLP[3], marks=pytest.mark.slow)], ids=str)
-def test_every_gradient_of_the_mlp_by_one_block(gpu, monkeypatch, variant):
-    """At C = 64, over two checkpoints: it has never run on a GPU, and is not the default."""
-    choose = MLPBlocks.choose
-    monkeypatch.setattr(MLPBlocks, "choose", lambda *sizes: dataclasses.replace(choose(*sizes), one_block=True))
-    calls, backward = [], mlp_backward_c64_one_block.backward
-    monkeypatch.setattr(
-        mlp_backward_c64_one_block, "backward", lambda *xs, **options: calls.append(xs) or backward(*xs, **options)
-    )
-    check_gradients(variant, Rows(200, 60, [195], [False], remat_every=2))
-    assert calls
 
 
 def check_gradients(variant, rows_of_call):
