@@ -41,7 +41,9 @@ FULL_SHAPE = (8, 8192)
 
 PLOTTED_TOKENS = tuple(1024 * 16**n for n in range(3))
 _COMPARED: tuple[tuple[int, int], ...] = (FULL_SHAPE, *((1, tokens) for tokens in PLOTTED_TOKENS))
-ACCURACY_TOKENS = 8192
+TOKENS_ALONE = 8192
+"""Of the one row and head of which errors and the serial latency are measured."""
+
 CALLS = 5
 
 
@@ -131,7 +133,7 @@ def floor(variant: Variant, batch_size: int, num_tokens: int, rates: Rates, late
 
 
 def median_seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Of a call: the median of `CALLS` timings of 50 ms of calls in a row; where one takes 1 s, that one."""
+    """Of a call: the median of `CALLS` timings of 50 ms of calls in a row; where the first takes 2 s, that one."""
 
     def seconds(calls: int) -> float:
         start = time.perf_counter()
@@ -139,10 +141,10 @@ def median_seconds(function: Callable[..., Any], *arguments: Any) -> float:
         jax.block_until_ready(results[-1])
         return (time.perf_counter() - start) / calls
 
-    jax.block_until_ready(function(*arguments))
     once = seconds(1)
-    if once > 1:
+    if once > 2:  # what the first call does besides is little of it
         return once
+    once = seconds(1)
     in_a_row = min(100, max(1, round(0.05 / once)))
     return statistics.median(seconds(in_a_row) for _ in range(CALLS))
 
@@ -215,22 +217,46 @@ class Shape:
         return measure
 
 
-def errors(variant: Variant, implementations: Sequence[str], num_tokens: int = ACCURACY_TOKENS) -> dict[str, Any]:
-    """Relative to float64 on the same numbers, by norm: of the outputs, and of the final weights."""
-    arguments = make_arguments(variant, 1, num_tokens, 2)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: x.astype(jnp.float64), arguments)
-        exact = operation("scan", variant, backward=False)(*wide)
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """What is measured of one row and head."""
 
-    def relative(x, y) -> float:
-        x, y = (np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(z)]) for z in (x, y))
-        return float(np.linalg.norm(x - y) / np.linalg.norm(y))
+    variant: Variant
+    num_tokens: int = TOKENS_ALONE
 
-    found = {}
-    for name in implementations:
-        out, state = operation(name, variant, backward=False)(*arguments)
-        found[name] = {"out": relative(out, exact[0]), "weights": relative(state.weights, exact[1].weights)}
-    return found
+    def arguments(self) -> tuple[Any, ...]:
+        """The operation's."""
+        return make_arguments(self.variant, 1, self.num_tokens, 1)
+
+    def compile(self, implementations: Sequence[str]) -> dict[str, Callable[..., Any]]:
+        """Forward passes."""
+        shapes = jax.eval_shape(self.arguments)
+        return {
+            name: operation(name, self.variant, backward=False).lower(*shapes).compile() for name in implementations
+        }
+
+    def errors(self, compiled: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+        """Relative to float64 on the same numbers, by norm: of the outputs, and of the final weights."""
+        arguments = self.arguments()
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda x: x.astype(jnp.float64), arguments)
+            exact = operation("scan", self.variant, backward=False)(*wide)
+
+        def relative(x, y) -> float:
+            x, y = (
+                np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(z)]) for z in (x, y)
+            )
+            return float(np.linalg.norm(x - y) / np.linalg.norm(y))
+
+        found = {}
+        for name, function in compiled.items():
+            out, state = function(*arguments)
+            found[name] = {"out": relative(out, exact[0]), "weights": relative(state.weights, exact[1].weights)}
+        return found
+
+    def latency(self, function: Callable[..., Any]) -> float:
+        """Seconds of a forward pass for each mini-batch."""
+        return median_seconds(function, *self.arguments()) / (self.num_tokens / self.variant.mini_batch_size)
 
 
 def measure_rates() -> Rates:
@@ -242,25 +268,18 @@ def measure_rates() -> Rates:
     return Rates(2 * copied.nbytes / copy, 2 * 8192**3 / product)
 
 
-def compile_latency(variant: Variant) -> Callable[[], float]:
-    """Returns what measures the seconds of the forward kernel for each mini-batch of one row and head."""
-    num_tokens = FULL_SHAPE[1]
-    arguments = functools.partial(make_arguments, variant, 1, num_tokens, 1)
-    compiled = operation("pallas", variant, backward=False).lower(*jax.eval_shape(arguments)).compile()
-    return lambda: median_seconds(compiled, *arguments()) / (num_tokens / variant.mini_batch_size)
-
-
 def _measure(shape: Shape, parent: Any) -> None:
     """In a process of its own; `parent` is told that all has compiled, says when to measure, and gets the result."""
-    measure, measure_latency = shape.compile(IMPLEMENTATIONS), None
-    found: dict[str, Any] = {}
+    measure = shape.compile(IMPLEMENTATIONS)
+    alone, compiled, found = Alone(shape.variant), {}, {}
     if (shape.rows, shape.tokens) == FULL_SHAPE:
-        measure_latency, found["errors"] = compile_latency(shape.variant), errors(shape.variant, IMPLEMENTATIONS)
+        compiled = alone.compile(IMPLEMENTATIONS)
+        found["errors"] = alone.errors(compiled)
     parent.send("compiled")
     parent.recv()
     found |= measure()
-    if measure_latency is not None:
-        found["latency"] = measure_latency()
+    if compiled:
+        found["latency"] = alone.latency(compiled["pallas"])
     parent.send(found)
 
 

@@ -27,10 +27,8 @@ C = TILE
 """Tokens of a mini-batch."""
 
 BLOCK = C // SLICES
-"""Tokens of which one warpgroup sums over all hidden units."""
-
-WIDTH = 32
-"""Tokens whose hidden units a warpgroup has in registers at once: with all, most of what it keeps would be spilled."""
+"""Tokens of which one warpgroup sums over all hidden units; also those whose hidden units it has in registers at once:
+of all 64 they would take what it keeps for later."""
 
 _Z1, _SLOPE_Q, _OF_Z1 = range(3)
 """Of what a warpgroup keeps of tokens in global memory: layer 1 of the keys; GELU's gradient of the readers; of the
@@ -142,13 +140,10 @@ def backward(
         def read_d_w(layer: int):
             return kept.kept(of_own(d_weights_g, layer), interpreted=blocks.interpreted)
 
-        def over_parts(body, carry=None):
-            """A loop over the parts of a mini-batch: `body(i, tokens, carry)`."""
+        def over_blocks(body, carry=None):
+            """A loop over the tokens of a mini-batch: `body(i, tokens, carry)`."""
             return lax.fori_loop(
-                jnp.int32(0),
-                jnp.int32(C // WIDTH),
-                lambda i, carry: body(i, pl.ds(pl.multiple_of(i * WIDTH, WIDTH), WIDTH), carry),
-                carry,
+                jnp.int32(0), jnp.int32(SLICES), lambda i, carry: body(i, mini_batches.block(0, i), carry), carry
             )
 
         def weights_at(j, layer: int):
@@ -159,14 +154,15 @@ def backward(
             """So that a warpgroup may overwrite what its products or threads have read."""
             hopper.wait_for_warpgroup(interpreted=blocks.interpreted)
 
-        def over_tokens(x):
-            """The sum, by way of SMEM: else the compiler adds up where the sum is read, and keeps `x` until then."""
-            sums_of_own = sums_s.at[own + zero(), pl.ds(0, D)]
-            sums_of_own[...] = x.sum(axis=1)
+        def over_tokens(*xs):
+            """The sums, by way of SMEM: else the compiler adds up where a sum is read, and keeps `x` until then."""
+            sums_of_own = [sums_s.at[own + zero(), pl.ds(i * D, D)] for i in range(len(xs))]
+            for x, ref in zip(xs, sums_of_own, strict=True):
+                ref[...] = x.sum(axis=1)
             hopper.wait_for_warpgroup(interpreted=blocks.interpreted)
-            total = load(sums_of_own, ROWS)
+            found = [load(ref, ROWS) for ref in sums_of_own]
             all_have_read()
-            return total
+            return found
 
         def together() -> None:
             hopper.wait_for_each_other(everyone, interpreted=blocks.interpreted)
@@ -199,7 +195,7 @@ def backward(
         plgpu.barrier_wait(start_barrier)
         gamma, beta = (over_columns(load(ref.at[head], ROWS), BLOCK) for ref in (ln_scale_g, ln_bias_g))
 
-        def before_gelu(b1, at, width: int = WIDTH):
+        def before_gelu(b1, at, width: int = BLOCK):
             """Layer 1 of keys."""
             s = matrices()
             return product((D, width), (s.weights.at[own], s.k.at[at].T)) + over_columns(b1, width)
@@ -235,7 +231,7 @@ def backward(
             def hidden_layer(i, at, _):
                 matrices().hidden.at[own, :, at][...] = inner.gelu(before_gelu(b1, at)).astype(bf16)
 
-            over_parts(hidden_layer)
+            over_blocks(hidden_layer)
             together()
             g2_step = inner_gradient(b2).g * step_size(at)
             matrices().d_z2_q.at[:, at][...] = (-g2_step).astype(bf16)
@@ -294,7 +290,7 @@ def backward(
                 keep(_Z1, i, z1)
                 matrices().hidden.at[own, :, at][...] = inner.gelu(z1).astype(bf16)
 
-            over_parts(hidden_layer)
+            over_blocks(hidden_layer)
 
             @pl.when(own == 0)
             def _():
@@ -303,6 +299,11 @@ def backward(
             together()
             # By tokens: the inner gradient, and how readers attend to keys.
             keys = inner_gradient(b2)
+
+            def gradient():
+                """As products read it: eight registers fewer to keep."""
+                return load(matrices().g2.at[:, at]).astype(f32)
+
             s = matrices()
             step, by_reader = steps()
             s.mixing.at[:, at][...] = (attend() * by_reader * step).astype(bf16)
@@ -311,20 +312,20 @@ def backward(
             # By slices: layer 1's inner gradient, and the hidden layer of the readers.
             def back_to_layer1(i, at, _):
                 s, z1 = matrices(), read(_Z1, i)
-                d_x = product((D, WIDTH), (s.w2.at[own].T, s.g2.at[:, at]))
+                d_x = product((D, BLOCK), (s.w2.at[own].T, s.g2.at[:, at]))
                 s.g1.at[own, :, at][...] = (d_x * inner.gelu_gradient(z1.astype(f32))).astype(bf16)
 
             def readers(i, at, _):
                 s = matrices()
-                z1_q = product((D, WIDTH), (s.weights.at[own], s.q.at[at].T), (s.g1.at[own], s.mixing.at[:, at]))
-                z1_q = z1_q + over_columns(b1, WIDTH)
+                z1_q = product((D, BLOCK), (s.weights.at[own], s.q.at[at].T), (s.g1.at[own], s.mixing.at[:, at]))
+                z1_q = z1_q + over_columns(b1, BLOCK)
                 keep(_SLOPE_Q, i, inner.gelu_gradient(z1_q))
                 s.hidden_q.at[own, :, at][...] = inner.gelu(z1_q).astype(bf16)
 
-            over_parts(back_to_layer1)
+            over_blocks(back_to_layer1)
             plgpu.commit_smem()
             d_w2 = read_d_w(_D_W2).astype(bf16)
-            over_parts(readers)
+            over_blocks(readers)
             all_have_read()
             matrices().weights.at[own][...] = d_w2
             together()
@@ -345,7 +346,8 @@ def backward(
             d_out = load(s.readers.at[at].T)
             normalized, rstd = inner_loss().normalize(z2 + over_columns(b2, BLOCK))
             of_out = d_out.astype(f32)
-            d_gamma, d_beta = d_gamma + over_tokens(of_out * normalized), d_beta + over_tokens(of_out)
+            of_gamma, of_beta = over_tokens(of_out * normalized, of_out)
+            d_gamma, d_beta = d_gamma + of_gamma, d_beta + of_beta
             d_z2_q = rstd * inner_loss().without_projections(of_out * gamma, normalized)
             s.d_z2_q.at[:, at][...] = d_z2_q.astype(bf16)
             vectors().of_blocks.at[own][...] = d_z2_q.sum(axis=1)
@@ -356,7 +358,7 @@ def backward(
             of_reader = d_mixing2 * attention2
             d_step2 = product((D, BLOCK), *over_slices(lambda j: (s.weights.at[j], s.hidden.at[j, :, at])))
             d_step2 = d_step2 + over_columns(d_b2, BLOCK)
-            d_lr = inner_loss().total(keys.g * d_step2)
+            d_lr = inner_loss().total(gradient() * d_step2)
             together()
 
             # By slices: back through layer 1 of the readers, and through layer 1's step and its inner gradient.
@@ -366,11 +368,11 @@ def backward(
 
             def back_through_attention2(i, at, _):
                 s, z1 = matrices(), read(_Z1, i)
-                of_x = product((D, WIDTH), (s.hidden_q.at[own], s.d_attention2.at[at].T))
-                of_x = of_x - product((D, WIDTH), (s.weights.at[own].T, s.g2.at[:, at])) * step_size(at)
+                of_x = product((D, BLOCK), (s.hidden_q.at[own], s.d_attention2.at[at].T))
+                of_x = of_x - product((D, BLOCK), (s.weights.at[own].T, s.g2.at[:, at])) * step_size(at)
                 keep(_OF_Z1, i, of_x * inner.gelu_gradient(z1.astype(f32)))
 
-            over_parts(back_through_attention2)
+            over_blocks(back_through_attention2)
             s = matrices()
             of_w2 = product((D, D), (s.d_z2_q, s.hidden_q.at[own].T))
             kept.keep(of_own(of_w2_g), of_w2.astype(bf16), interpreted=blocks.interpreted)
@@ -379,29 +381,30 @@ def backward(
             def back_to_readers(i, at, of_b1):
                 s, slope = matrices(), read(_SLOPE_Q, i)
                 d_x_q = product(
-                    (D, WIDTH), (s.w2.at[own].T, s.d_z2_q.at[:, at]), (s.hidden.at[own], s.d_attention2.at[:, at])
+                    (D, BLOCK), (s.w2.at[own].T, s.d_z2_q.at[:, at]), (s.hidden.at[own], s.d_attention2.at[:, at])
                 )
                 d_z1_q = d_x_q * slope.astype(f32)
                 s.hidden_q.at[own, :, at][...] = d_z1_q.astype(bf16)
-                return of_b1 + over_tokens(d_z1_q)
+                return of_b1 + d_z1_q.sum(axis=1)
 
             d_w1 = read_d_w(_D_W1).astype(bf16)
-            next_d_b1 = over_parts(back_to_readers, d_b1)
+            next_d_b1 = over_blocks(back_to_readers, d_b1)
+            all_have_read()
             matrices().weights.at[own][...] = d_w1
             plgpu.commit_smem()
 
             def back_through_step1(i, at, _):
                 s, z1, of_z1 = matrices(), read(_Z1, i), read(_OF_Z1, i)
-                d_step1 = product((D, WIDTH), (s.weights.at[own], s.k.at[at].T)) + over_columns(d_b1, WIDTH)
+                d_step1 = product((D, BLOCK), (s.weights.at[own], s.k.at[at].T)) + over_columns(d_b1, BLOCK)
                 g1 = load(s.g1.at[own, :, at]).astype(f32)
                 vectors().of_layer1.at[own, at][...] = inner_loss().total(g1 * d_step1)
-                d_g1 = product((D, WIDTH), (s.hidden_q.at[own], s.mixing.at[at].T)) - d_step1 * step_size(at)
+                d_g1 = product((D, BLOCK), (s.hidden_q.at[own], s.mixing.at[at].T)) - d_step1 * step_size(at)
                 z1 = z1.astype(f32)
                 s.hidden.at[own, :, at][...] = (d_g1 * inner.gelu_gradient(z1)).astype(bf16)
-                d_x = product((D, WIDTH), (s.w2.at[own].T, s.g2.at[:, at]))
+                d_x = product((D, BLOCK), (s.w2.at[own].T, s.g2.at[:, at]))
                 keep(_OF_Z1, i, of_z1.astype(f32) + d_g1 * d_x * inner.gelu_second_derivative(z1))
 
-            over_parts(back_through_step1)
+            over_blocks(back_through_step1)
             d_b1 = next_d_b1
             together()
 
@@ -419,10 +422,11 @@ def backward(
             of_step1 = product((D, BLOCK), *over_slices(lambda j: (s.weights.at[j].T, s.g1.at[j, :, at])))
             of_layer1 = hopper.total(load(vectors().of_layer1.at[j, at], COLUMNS) for j in range(SLICES))
             vectors().d_lr_update.at[at][...] = -(of_layer1 + d_lr)
-            d = inner_loss().back_through_gradient(d_g2, keys, gamma)
+            d = inner_loss().back_through_gradient(d_g2, keys._replace(g=gradient()), gamma)
             s.d_z2.at[:, at][...] = d.d_z.astype(bf16)
             vectors().of_blocks.at[own][...] = d.d_z.sum(axis=1)
-            d_gamma, d_beta = d_gamma + over_tokens(d.d_gamma), d_beta + over_tokens(d.d_beta)
+            of_gamma, of_beta = over_tokens(d.d_gamma, d.d_beta)
+            d_gamma, d_beta = d_gamma + of_gamma, d_beta + of_beta
             of_key = d.d_target + of_step1 * step_size(at)
             together()
 
@@ -437,7 +441,7 @@ def backward(
             def hidden_layer_again(i, at, _):
                 matrices().hidden.at[own, :, at][...] = inner.gelu(read(_Z1, i).astype(f32)).astype(bf16)
 
-            over_parts(hidden_layer_again)
+            over_blocks(hidden_layer_again)
             plgpu.commit_smem()
             s = matrices()
             keep_d_w(_D_W2, hopper.updated(d_w2, s.d_z2, s.hidden.at[own].T, fused=fused))
@@ -445,12 +449,12 @@ def backward(
 
             def back_to_keys(i, at, of_b1):
                 s, z1, of_z1 = matrices(), read(_Z1, i), read(_OF_Z1, i)
-                d_x = product((D, WIDTH), (s.w2.at[own].T, s.d_z2.at[:, at]))
+                d_x = product((D, BLOCK), (s.w2.at[own].T, s.d_z2.at[:, at]))
                 d_z1 = d_x * inner.gelu_gradient(z1.astype(f32)) + of_z1.astype(f32)
                 s.hidden.at[own, :, at][...] = d_z1.astype(bf16)
-                return of_b1 + over_tokens(d_z1)
+                return of_b1 + d_z1.sum(axis=1)
 
-            d_b1 = over_parts(back_to_keys, d_b1)
+            d_b1 = over_blocks(back_to_keys, d_b1)
             w1t, d_w1 = weights_at(j, 0), read_d_w(_D_W1)
             matrices().weights.at[own][...] = w1t
             plgpu.commit_smem()
@@ -554,7 +558,7 @@ def backward(
         arguments,
         mini_batches=per_group,
         more=[
-            jax.ShapeDtypeStruct((*rows, SLICES, 3, C // WIDTH, D, WIDTH), bf16),
+            jax.ShapeDtypeStruct((*rows, SLICES, 3, C // BLOCK, D, BLOCK), bf16),
             jax.ShapeDtypeStruct((*rows, SLICES, D, D), bf16),
             jax.ShapeDtypeStruct((*rows, SLICES, 2, D, D), f32),
         ],
