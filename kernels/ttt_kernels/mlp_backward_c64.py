@@ -195,10 +195,10 @@ def backward(
         plgpu.barrier_wait(start_barrier)
         gamma, beta = (over_columns(load(ref.at[head], ROWS), BLOCK) for ref in (ln_scale_g, ln_bias_g))
 
-        def before_gelu(b1, at, width: int = BLOCK):
-            """Layer 1 of keys."""
+        def before_gelu(b1, at):
+            """Layer 1 of a block of keys."""
             s = matrices()
-            return product((D, width), (s.weights.at[own], s.k.at[at].T)) + over_columns(b1, width)
+            return product((D, BLOCK), (s.weights.at[own], s.k.at[at].T)) + over_columns(b1, BLOCK)
 
         def write_weights(w1t, w2t) -> None:
             s = matrices()
@@ -238,14 +238,14 @@ def backward(
             vectors().of_blocks.at[own][...] = g2_step.sum(axis=1)
             together()
 
-            def back(i, step1):
-                s, of_block = matrices(), mini_batches.block(0, i)
+            def back(_, of_block, step1):
+                s = matrices()
                 g1 = product((D, BLOCK), (s.w2.at[own].T, s.g2.at[:, of_block]))
-                g1_step = g1 * inner.gelu_gradient(before_gelu(b1, of_block, BLOCK)) * step_size(of_block)
+                g1_step = g1 * inner.gelu_gradient(before_gelu(b1, of_block)) * step_size(of_block)
                 s.g1.at[own, :, of_block][...] = (-g1_step).astype(bf16)
                 return step1 + g1_step.sum(axis=1)
 
-            step1 = mini_batches.over_blocks(back, jnp.zeros_like(b1))
+            step1 = over_blocks(back, jnp.zeros_like(b1))
             plgpu.commit_smem()
             s, fused = matrices(), not blocks.interpreted
             w1t = hopper.updated(w1t, s.g1.at[own], s.k, fused=fused)
