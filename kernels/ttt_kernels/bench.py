@@ -4,7 +4,8 @@
 
 Writes DEVICE.json and DEVICE.png there and prints the table. Everything is measured in one run. Each shape has a
 process of its own: all compile beside each other; when all have, one after the other measures and ends, so that it
-returns its memory. Where flash-linear-attention is installed, its TTT-Linear is compiled and timed too.
+returns its memory. What has been measured is written at once. Where flash-linear-attention is installed, its TTT-Linear
+is compiled and timed too, before the rest.
 """
 
 import argparse
@@ -286,70 +287,65 @@ def _measure(shape: Shape, parent: Any) -> None:
     parent.send(found)
 
 
-def _measure_each(shapes: Sequence[Shape], others: subprocess.Popen | None) -> list[dict[str, Any]]:
-    """Prints each result to stderr as it comes; measures when all have compiled and `others` has ended.
+def _started(shapes: Sequence[Shape]) -> list[tuple[Any, Any]]:
+    """Of each shape its process, which compiles now, and the pipe to it."""
+    spawn, started = multiprocessing.get_context("spawn"), []
+    for shape in shapes:
+        parent, child = spawn.Pipe()
+        process = spawn.Process(target=_measure, args=(shape, child), daemon=True)
+        process.start()
+        child.close()
+        started.append((process, parent))
+    return started
+
+
+def run(output: pathlib.Path) -> dict[str, Any]:
+    """All measurements; what there is so far is in `output` whenever it is ended.
 
     Raises:
         EOFError: a process failed; what it raised it has printed.
     """
     from tqdm import tqdm
 
-    spawn = multiprocessing.get_context("spawn")
-    pipes = [spawn.Pipe() for _ in shapes]
-    processes = [
-        spawn.Process(target=_measure, args=(shape, child), daemon=True)
-        for shape, (_, child) in zip(shapes, pipes, strict=True)
-    ]
-    for process, (_, child) in zip(processes, pipes, strict=True):
-        process.start()
-        child.close()
-    parents, results = [parent for parent, _ in pipes], []
-    for parent in tqdm(parents, "compiled", file=sys.stderr):
-        parent.recv()
-    if others is not None:
-        others.wait()
-    for process, parent in zip(tqdm(processes, "measured", file=sys.stderr), parents, strict=True):
-        parent.send("measure")
-        results.append(parent.recv())
-        process.join()
-        tqdm.write(json.dumps(results[-1]), file=sys.stderr)
-    return results
-
-
-def run() -> dict[str, Any]:
-    """All measurements."""
     shapes = [Shape(variant, *FULL_SHAPE) for variant in VARIANTS]
     shapes += [Shape(variant, 1, tokens) for variant in PLOTTED for tokens in PLOTTED_TOKENS]
     others = fla.compile_all(_COMPARED, HEADS) if fla.is_installed() else None
-    measured = _measure_each(shapes, others)
-    return {
+    started = _started(shapes)
+    for _, pipe in tqdm(started, "compiled", file=sys.stderr):
+        pipe.recv()
+    if others is not None:
+        others.wait()
+    result: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "rates": dataclasses.asdict(measure_rates()),
-        **{
-            name: {
-                str(shape.variant): found.pop(name)
-                for shape, found in zip(shapes, measured, strict=True)
-                if name in found
-            }
-            for name in ("latency", "errors")
-        },
-        "shapes": measured,
+        "latency": {},
+        "errors": {},
+        "shapes": [],
     }
+    compared = compare(result) if others is not None else {}
+    for shape, (process, pipe) in zip(tqdm(shapes, "measured", file=sys.stderr), started, strict=True):
+        pipe.send("measure")
+        found = pipe.recv()
+        process.join()
+        for name in found.keys() & {"latency", "errors"}:
+            result[name][str(shape.variant)] = found.pop(name)
+        if shape.variant == PLOTTED[0]:
+            found["ms"] |= compared.get((shape.rows, shape.tokens), {})
+        result["shapes"].append(found)
+        write(result, output)
+    return result
 
 
-def compare(result: dict[str, Any]) -> None:
-    """Adds flash-linear-attention's times to the shapes that it can take; where it fails, says so on stderr."""
+def compare(result: dict[str, Any]) -> dict[tuple[int, int], dict[str, dict[str, float]]]:
+    """Flash-linear-attention's times by rows and tokens, its version to the result; if it fails, says so on stderr."""
     try:
         times = fla.milliseconds(_COMPARED, HEADS)
     except subprocess.CalledProcessError as error:
         print(f"flash-linear-attention was not timed:\n{error.stderr}", file=sys.stderr)
-        return
+        return {}
     result["versions"]["fla-core"] = importlib.metadata.version("fla-core")
-    found = dict(zip(_COMPARED, times, strict=True))
-    for shape in result["shapes"]:
-        if shape["variant"] == dataclasses.asdict(PLOTTED[0]):
-            shape["ms"] |= found[shape["rows"], shape["tokens"]]
+    return dict(zip(_COMPARED, times, strict=True))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -402,11 +398,20 @@ def figure(result: dict[str, Any]) -> Any:
 
 
 def write(result: dict[str, Any], output: pathlib.Path) -> None:
-    """The JSON and the plot."""
-    name = result["device"].replace(" ", "_")
+    """The JSON."""
+    from ttt_jax.files import write_atomically
+
     output.mkdir(parents=True, exist_ok=True)
-    (output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    figure(result).savefig(output / f"{name}.png", dpi=120)
+    write_atomically(output / f"{_name(result)}.json", json.dumps(result, indent=2) + "\n")
+
+
+def draw(result: dict[str, Any], output: pathlib.Path) -> None:
+    """The plot."""
+    figure(result).savefig(output / f"{_name(result)}.png", dpi=120)
+
+
+def _name(result: dict[str, Any]) -> str:
+    return result["device"].replace(" ", "_")
 
 
 def main() -> int:
@@ -421,11 +426,8 @@ def main() -> int:
     if "cannot" in reason:
         print(f"error: nothing was measured: {reason.removeprefix('scan; ')}", file=sys.stderr)
         return 1
-    result = run()
-    write(result, options.output)
-    if fla.is_installed():
-        compare(result)
-        write(result, options.output)
+    result = run(options.output)
+    draw(result, options.output)
     print(table(result))
     return 0
 

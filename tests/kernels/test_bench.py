@@ -56,6 +56,7 @@ def test_the_table_and_the_files(result, tmp_path):
     assert "| fla_chunk | | | | 3.000 | | 3.0 | | |" in lines
     assert "| mlp, C = 16, causal | pallas | 2.0e-03 | 1.0e-03 |" in lines
     bench.write(result, tmp_path / "measured")
+    bench.draw(result, tmp_path / "measured")
     assert json.loads((tmp_path / "measured/Some_GPU.json").read_text()) == result
     assert (tmp_path / "measured/Some_GPU.png").read_bytes().startswith(b"\x89PNG")
 
