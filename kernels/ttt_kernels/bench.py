@@ -193,6 +193,13 @@ def operation(implementation: str, variant: Variant, *, backward: bool) -> Calla
     return jax.jit(lambda *arguments: jax.grad(total)(arguments))
 
 
+def compile_operation(
+    implementation: str, variant: Variant, arguments: Callable[[], tuple[Any, ...]], *, backward: bool
+) -> Callable[..., Any]:
+    """For what `arguments` would return."""
+    return operation(implementation, variant, backward=backward).lower(*jax.eval_shape(arguments)).compile()
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What is timed in a process of its own; the full shape's also measures what belongs to the variant."""
@@ -205,7 +212,7 @@ class Shape:
         """Returns what measures: milliseconds of each implementation, forward and with the backward pass."""
         arguments = functools.partial(make_arguments, self.variant, self.rows, self.tokens, self.variant.heads)
         compiled = {
-            (name, part): operation(name, self.variant, backward=backward).lower(*jax.eval_shape(arguments)).compile()
+            (name, part): compile_operation(name, self.variant, arguments, backward=backward)
             for name in implementations
             for part, backward in zip(PASSES, (False, True), strict=True)
         }
@@ -234,10 +241,7 @@ class Alone:
 
     def compile(self, implementations: Sequence[str]) -> dict[str, Callable[..., Any]]:
         """Forward passes."""
-        shapes = jax.eval_shape(self.arguments)
-        return {
-            name: operation(name, self.variant, backward=False).lower(*shapes).compile() for name in implementations
-        }
+        return {name: compile_operation(name, self.variant, self.arguments, backward=False) for name in implementations}
 
     def errors(self, compiled: dict[str, Callable[..., Any]]) -> dict[str, Any]:
         """Relative to float64 on the same numbers, by norm: of the outputs, and of the final weights."""

@@ -224,6 +224,23 @@ def copy_tokens_back(source: Matrix, target, at: tuple[Any, Any, Any]) -> None:
         plgpu.copy_smem_to_gmem(part, target.at[*_of_part(i, target, source, at)])
 
 
+def fetch_tokens(barrier, at: tuple[Any, Any, Any], *copies: tuple[Any, Any]) -> None:
+    """`at` a row, tokens and head, from `[B, T, H, D]` or `[B, H, T]` in global memory to SMEM."""
+    for source, target in copies:
+        plgpu.copy_gmem_to_smem(source.at[*_of_tokens(source, at)], target, barrier)
+
+
+def save_tokens(at: tuple[Any, Any, Any], *copies: tuple[Any, Any]) -> None:
+    """Back from SMEM, without waiting for it."""
+    for source, target in copies:
+        plgpu.copy_smem_to_gmem(source, target.at[*_of_tokens(target, at)])
+
+
+def _of_tokens(ref, at: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    row, tokens, head = at
+    return at if ref.ndim == 4 else (row, head, tokens)
+
+
 def _of_part(i: int, ref, matrix: Matrix, at: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
     row, *others = at
     return row + i * (ref.shape[0] // len(matrix.parts)) if i else row, *others

@@ -133,19 +133,23 @@ def backward(
         def over_blocks(body: Callable[[Any, Any], Any], carry: Any) -> Any:
             return body(own, carry) if warpgroups > 1 else mini_batches.over_blocks(body, carry)
 
-        def fetch(barrier, *copies: tuple[Any, Any]) -> None:
-            """From global memory to SMEM."""
-            for source, target in copies:
-                plgpu.copy_gmem_to_smem(source, target, barrier)
-
         d_wt_ref = d_wt_g.at[row, head] if blocks.wide else d_wt_in_smem[0]
-        of_d_wt = () if blocks.wide else ((d_wt_end_g.at[row, head], d_wt_ref),)
-        by_one(lambda: fetch(start_barrier, (scale_g, scale_s), *of_d_wt))
+
+        @by_one
+        def _():
+            plgpu.copy_gmem_to_smem(scale_g, scale_s, start_barrier)
+            if not blocks.wide:
+                plgpu.copy_gmem_to_smem(d_wt_end_g.at[row, head], d_wt_ref, start_barrier)
+
         plgpu.barrier_wait(start_barrier)
         if blocks.wide:
             d_wt_at_end = load(d_wt_end_g.at[row, head])
             d_wt_ref[...], d_wt_s.at[0][...] = d_wt_at_end, d_wt_at_end.astype(bf16)
         gamma, beta = (over_columns(load(ref.at[head], ROWS), n) for ref in (ln_scale_g, ln_bias_g))
+
+        def of_tile(t: _Tile):
+            """Its tokens, in global memory."""
+            return row, pl.ds(t.index * TILE, TILE), head
 
         def of_block(t: _Tile, at):
             """Tokens `at` of a tile, in global memory."""
@@ -169,12 +173,11 @@ def backward(
 
         def fetch_keys(t: _Tile) -> None:
             """For `recompute`."""
-            s, tokens = matrices(t), pl.ds(t.index * TILE, TILE)
-            fetch(
+            s = matrices(t)
+            hopper.fetch_tokens(
                 recompute_barriers.at[t.slot],
-                (k_g.at[row, tokens, head], s.k),
-                *(() if tight else ((v_g.at[row, tokens, head], s.v),)),
-                (lr_update_g.at[row, head, tokens], lr_update_s.at[t.slot]),
+                of_tile(t),
+                *((k_g, s.k), *(() if tight else ((v_g, s.v),)), (lr_update_g, lr_update_s.at[t.slot])),
             )
 
         def recompute(t: _Tile, kept, weights, fetch_next):
@@ -224,7 +227,7 @@ def backward(
 
         def fetch_weights(kept) -> None:
             """Those of a mini-batch."""
-            fetch(weights_barrier, (weights_g.at[row, head, kept], wt_s.at[zero()]))
+            plgpu.copy_gmem_to_smem(weights_g.at[row, head, kept], wt_s.at[zero()], weights_barrier)
 
         def mini_batch(t: _Tile, m, kept, fetch_next, d_b, d_gamma, d_beta, d_lr_read):
             tokens, s = mini_batches.tokens(m), matrices(t)
@@ -351,16 +354,13 @@ def backward(
 
         def fetch_tile(t: _Tile) -> None:
             """For `back`."""
-            s, tokens = matrices(t), pl.ds(t.index * TILE, TILE)
-            fetch(
+            s = matrices(t)
+            hopper.fetch_tokens(
                 tile_barriers.at[t.slot],
-                (q_g.at[row, tokens, head], s.q),
-                (q_g.at[row, tokens, head], s.q_over_tokens),
-                (k_g.at[row, tokens, head], s.k),
-                (k_g.at[row, tokens, head], s.k_over_tokens),
-                *(() if tight else ((v_g.at[row, tokens, head], s.v), (d_out_g.at[row, tokens, head], s.d_out))),
-                (lr_read_g.at[row, head, tokens], lr_read_s.at[t.slot]),
-                (lr_update_g.at[row, head, tokens], lr_update_s.at[t.slot]),
+                of_tile(t),
+                *((q_g, s.q), (q_g, s.q_over_tokens), (k_g, s.k), (k_g, s.k_over_tokens)),
+                *(() if tight else ((v_g, s.v), (d_out_g, s.d_out))),
+                *((lr_read_g, lr_read_s.at[t.slot]), (lr_update_g, lr_update_s.at[t.slot])),
             )
 
         def back(t: _Tile, kept, carry, fetch_next):
@@ -378,13 +378,11 @@ def backward(
 
             @by_one
             def _():
-                s, tokens = matrices(t), pl.ds(t.index * TILE, TILE)
+                s, (_, tokens, _) = matrices(t), of_tile(t)
                 plgpu.commit_smem()
-                for source, target in ((s.k, d_k_g), *(() if tight else ((s.v, d_v_g), (s.d_out, d_q_g)))):
-                    plgpu.copy_smem_to_gmem(source, target.at[row, tokens, head])
+                hopper.save_tokens(of_tile(t), (s.k, d_k_g), *(() if tight else ((s.v, d_v_g), (s.d_out, d_q_g))))
                 plgpu.copy_smem_to_gmem(d_lr_read_s, d_lr_read_g.at[row, head, :, tokens])
-                for source, target in ((d_lr_update_s, d_lr_update_g), (d_scale_s, d_scale_g)):
-                    plgpu.copy_smem_to_gmem(source, target.at[row, head, tokens])
+                hopper.save_tokens(of_tile(t), (d_lr_update_s, d_lr_update_g), (d_scale_s, d_scale_g))
                 if stages == 1:
                     plgpu.wait_smem_to_gmem(0)
                     fetch_next()

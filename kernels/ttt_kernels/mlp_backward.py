@@ -129,9 +129,7 @@ def backward(
 
         def fetch(barriers, i, slot, *sources: Any) -> None:
             """From each source, in global memory, the tokens of mini-batch i, to their slot."""
-            for source, target in sources:
-                of_matrix = (row, tokens_of(i), head) if source.ndim == 4 else (row, head, tokens_of(i))
-                plgpu.copy_gmem_to_smem(source.at[*of_matrix], target, barriers.at[slot])
+            hopper.fetch_tokens(barriers.at[slot], (row, tokens_of(i), head), *sources)
 
         def keys_at(slot):
             s = matrices()
@@ -432,15 +430,16 @@ def backward(
 
             @pl.when(own == 0)
             def _():
-                s, tokens = matrices(), tokens_of(i)
-                for source, target in ((s.d_q, d_q_g), (s.d_k, d_k_g), (s.d_v, d_v_g)):
-                    plgpu.copy_smem_to_gmem(source, target.at[row, tokens, head])
-                for source, target in (
-                    (d_lr_read_s.at[pl.ds(0, C)], d_lr_read_g),
-                    (d_lr_update_s, d_lr_update_g),
-                    (d_scale_s, d_scale_g),
-                ):
-                    plgpu.copy_smem_to_gmem(source, target.at[row, head, tokens])
+                s = matrices()
+                hopper.save_tokens(
+                    (row, tokens_of(i), head),
+                    *((s.d_q, d_q_g), (s.d_k, d_k_g), (s.d_v, d_v_g)),
+                    *(
+                        (d_lr_read_s.at[pl.ds(0, C)], d_lr_read_g),
+                        (d_lr_update_s, d_lr_update_g),
+                        (d_scale_s, d_scale_g),
+                    ),
+                )
 
             return next_d_b1, d_b2, d_gamma, d_beta
 

@@ -175,18 +175,13 @@ def backward(
             """The sum over tokens of what each warpgroup had of its block."""
             return hopper.total(load(ref.at[j], ROWS) for j in range(SLICES))
 
-        def step_size(at=slice(None)):
+        def step_size(at):
             return over_rows(load(vectors().lr_update.at[at], COLUMNS))
 
         def fetch(barrier, i, *copies: tuple[Any, Any]) -> None:
             """From global memory, of mini-batch i."""
-            tokens = pl.ds(i * C, C)
-
-            @pl.when(own == 0)
-            def _():
-                for source, target in copies:
-                    of_mini_batch = (row, tokens, head) if source.ndim == 4 else (row, head, tokens)
-                    plgpu.copy_gmem_to_smem(source.at[*of_mini_batch], target, barrier)
+            at = row, pl.ds(i * C, C), head
+            pl.when(own == 0)(lambda: hopper.fetch_tokens(barrier, at, *copies))
 
         @pl.when(own == 0)
         def _():
@@ -493,15 +488,14 @@ def backward(
 
             @pl.when(own == 0)
             def _():
-                tokens = pl.ds((first + j) * C, C)
-                for source, target in ((d_q_s, d_q_g), (d_k_s, d_k_g), (d_v_s, d_v_g)):
-                    plgpu.copy_smem_to_gmem(source, target.at[row, tokens, head])
-                for source, target in (
+                at = row, pl.ds((first + j) * C, C), head
+                hopper.save_tokens(at, (d_q_s, d_q_g), (d_k_s, d_k_g), (d_v_s, d_v_g))
+                hopper.save_tokens(
+                    at,
                     (vectors().d_lr_read, d_lr_read_g),
                     (vectors().d_lr_update, d_lr_update_g),
                     (vectors().d_scale, d_scale_g),
-                ):
-                    plgpu.copy_smem_to_gmem(source, target.at[row, head, tokens])
+                )
 
             pl.when(j > 0)(lambda: fetch_queries_and_keys(first + j - 1))
             return d_b1, d_b2, d_gamma, d_beta

@@ -103,13 +103,8 @@ def forward(
 
         def fetch(i, barrier, *copies: tuple[Any, Any]) -> None:
             """Tile i, where there is one."""
-            tokens = pl.ds(i * TILE, TILE)
-
-            @pl.when((own == 0) & (i < num_tiles))
-            def _():
-                for source, target in copies:
-                    of_tile = (row, tokens, head) if source.ndim == 4 else (row, head, tokens)
-                    plgpu.copy_gmem_to_smem(source.at[*of_tile], target, barrier)
+            at = row, pl.ds(i * TILE, TILE), head
+            pl.when((own == 0) & (i < num_tiles))(lambda: hopper.fetch_tokens(barrier, at, *copies))
 
         def fetch_keys(i) -> None:
             fetch(i, keys_barrier, (k_g, k_s), (v_g, v_s), (lr_update_g, lr_update_s))
