@@ -6,6 +6,7 @@ LayerNorm's form). They differ in many small ways; `TTTConfig` names each.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -226,34 +227,69 @@ class TTTLayer(nn.Module):
           ValueError: wrong shapes or dtypes, or positions for a layer that counts its own.
         """
         c = self.config
-        length, reset = (None if a is None else integers(a) for a in (length, reset))
         positions = None if positions is None else jnp.asarray(positions)
-        self._check(x, state, length, reset, positions)
-        is_real = None
-        if length is not None:
-            length = clipped_length(length, x.shape[1])
-            is_real = (jnp.arange(x.shape[1], dtype=jnp.int32)[None] < length[:, None])[..., None]
-            x = jnp.where(is_real, x, jnp.zeros((), x.dtype))
-        x = x.astype(self.dtype)
-        if state is not None and reset is not None:
-            state = _forget(state, reset)
+        state, length, reset, is_real = self._check(x, state, length, reset)
+        self._check_positions(x, positions)
+        x = _zero_where_not(is_real, x).astype(self.dtype)
         q, k, v, conv_inputs = self._projections(x, state, length)
         q, k = self._place(q, k, state, positions)
         params = self.inner()
         if c.layer_norm_target:
             v = _layer_norm_target(params, k, v, self.dtype)
         gate = jax.nn.sigmoid(self.step_size(x))
-        options = self._options(state, length, reset)
-        tokens = (q, k, v, gate * (c.base_lr / c.head_dim))
-        operation: Any = ttt_linear if c.kind == "linear" else ttt_mlp
-        out, ttt_state = operation(params, *tokens, **options)
-        self._diagnose(params, tokens, options, gate, is_real, ttt_state)
-        y = self._output(x, out.reshape(x.shape))
-        if is_real is not None:
-            y = jnp.where(is_real, y, jnp.zeros((), y.dtype))
+        out, ttt_state = self._operate(params, q, k, v, gate, is_real, state, length, reset)
+        y = self._output(x, out, is_real)
         if conv_inputs is not None:
             conv_inputs = conv_inputs.astype(at_least_float32(self.dtype))
         return y, TTTLayerState(ttt_state, conv_inputs, self._next_position(x, state, length))
+
+    def remember(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        leaves: jax.Array,
+        state: TTTLayerState | None = None,
+        *,
+        length: jax.Array | None = None,
+        reset: jax.Array | None = None,
+    ) -> tuple[jax.Array, TTTLayerState]:
+        """Learn pairs of an attention's keys and values that have left its window, and read what its queries ask for.
+
+        It has no projections of its own but the last; a pair's step size is told by its key. Queries and keys are
+        un-rotated and brought to a length of sqrt(D). Needs a causal config without Mamba's backbone.
+
+        Args:
+          q: [B, T, H, D] float, the attention's queries.
+          k: [B, T, H, D], the key that leaves as each query's token comes; v alike.
+          v: the values.
+          leaves: [B, T] bool, whether one does; where not, nothing is learned.
+          state: as in a call.
+          length: as in a call.
+          reset: as in a call.
+
+        Returns:
+          [B, T, width] in `dtype`, and the state after the last real token.
+
+        Raises:
+          ValueError: wrong shapes or dtypes, or a config with projections in front.
+        """
+        c = self.config
+        if c.shared_qk or not c.causal:
+            raise ValueError("config: expected a causal one of backbone 'base', which has no convolutions and gate.")
+        state, length, reset, is_real = self._check(_joined_heads(q), state, length, reset)
+        for name, x, shape in (("k", k, q.shape), ("v", v, q.shape), ("leaves", leaves, q.shape[:2])):
+            if x.shape != shape:
+                raise ValueError(f"{name}: expected shape {shape} like q's, got {x.shape}.")
+        if is_real is not None:
+            q, k, v = (_zero_where_not(is_real[..., None], x) for x in (q, k, v))
+        q, k, v = (x.astype(self.dtype) for x in (q, k, v))
+        gate = jax.nn.sigmoid(self.step_size(_joined_heads(k)))
+        q, k = (_unit_length(x) * math.sqrt(c.head_dim) for x in (q, k))
+        learned = leaves[..., None] if is_real is None else leaves[..., None] & is_real
+        out, ttt_state = self._operate(self.inner(), q, k, v, gate, learned, state, length, reset)
+        y = self._output(_joined_heads(q), out, is_real)
+        return y, TTTLayerState(ttt_state, None, self._next_position(q, state, length))
 
     def init_state(self, batch_size: int) -> TTTLayerState:
         """The state of `batch_size` rows that have read nothing; needs the parameters, so call it through `apply`."""
@@ -262,8 +298,10 @@ class TTTLayer(nn.Module):
         conv_inputs = None if past is None else jnp.zeros(past, at_least_float32(self.dtype))
         return TTTLayerState(init_state(self.inner(), batch_size), conv_inputs, jnp.zeros(batch_size, jnp.int32))
 
-    def _check(self, x, state, length, reset, positions):
+    def _check(self, x, state, length, reset):
+        """Checks them; the state without what reset rows carry, length in [0, T], and real tokens [B, T, 1] or None."""
         c = self.config
+        length, reset = (None if a is None else integers(a) for a in (length, reset))
         if not isinstance(x, jax.Array | np.ndarray):
             raise ValueError(f"x: expected an array, got {type(x).__name__}. Make it one with jnp.asarray.")
         if x.ndim != 3 or x.shape[-1] != c.width:
@@ -287,7 +325,15 @@ class TTTLayer(nn.Module):
             if rows is not None and (rows.shape != x.shape[:1] or not jnp.issubdtype(rows.dtype, kind)):
                 expected = f"{kind.__name__} of shape [B] = {x.shape[:1]}"
                 raise ValueError(f"{name}: expected {expected}, got {rows.dtype} of shape {rows.shape}.")
-        if positions is not None and c.positions == "in_mini_batch":
+        if state is not None and reset is not None:
+            state = _forget(state, reset)
+        if length is None:
+            return state, None, reset, None
+        length = clipped_length(length, x.shape[1])
+        return state, length, reset, (jnp.arange(x.shape[1], dtype=jnp.int32)[None] < length[:, None])[..., None]
+
+    def _check_positions(self, x, positions):
+        if positions is not None and self.config.positions == "in_mini_batch":
             raise ValueError(
                 "positions: expected None, since this layer rotates by its own count within the mini-batch."
             )
@@ -343,26 +389,36 @@ class TTTLayer(nn.Module):
             "eps": c.eps,
         }
 
-    def _output(self, x, out):
-        y = self.post_norm(out.astype(at_least_float32(self.dtype))).astype(self.dtype)
+    def _operate(self, params, q, k, v, gate, is_learned, state, length, reset):
+        """[B, T, H, D] of the inner loop and its state; tokens that are not learned ([B, T, 1]) have step size 0."""
+        c = self.config
+        options = self._options(state, length, reset)
+        tokens = (q, k, v, _zero_where_not(is_learned, gate) * (c.base_lr / c.head_dim))
+        operation: Any = ttt_linear if c.kind == "linear" else ttt_mlp
+        out, ttt_state = operation(params, *tokens, **options)
+        self._diagnose(params, tokens, options, gate, is_learned, ttt_state)
+        return out, ttt_state
+
+    def _output(self, x, out, is_real):
+        y = self.post_norm(out.reshape(x.shape).astype(at_least_float32(self.dtype))).astype(self.dtype)
         if self.config.shared_qk:
             y = y * jax.nn.gelu(self.wg(x), approximate=True)
-        return self.wo(y)
+        return _zero_where_not(is_real, self.wo(y))
 
     def _next_position(self, x, state, length):
         read = jnp.full(x.shape[0], x.shape[1], jnp.int32) if length is None else length
         return read if state is None else state.position + read
 
-    def _diagnose(self, params, tokens, options, gate, is_real, state):
+    def _diagnose(self, params, tokens, options, gate, is_learned, state):
         """Sow scalars when the caller asks for the collection "diagnostics"; otherwise compute nothing.
 
-        Step sizes and losses are means over real tokens, the drift over rows.
+        Step sizes are means over learned tokens, losses over real ones, the drift over rows.
         """
         if not self.is_mutable_collection("diagnostics") or self.is_initializing():
             return
         saturated = (gate < SATURATED) | (gate > 1 - SATURATED)
-        is_real = jnp.ones((1, 1, 1), bool) if is_real is None else is_real
-        self.sow("diagnostics", "step_size_saturation", _mean(saturated.astype(gate.dtype), is_real))
+        is_learned = jnp.ones((1, 1, 1), bool) if is_learned is None else is_learned
+        self.sow("diagnostics", "step_size_saturation", _mean(saturated.astype(gate.dtype), is_learned))
         self.sow("diagnostics", "fast_weight_drift", _drift(params, state))
         losses = ttt_loss(params, *tokens, **options)
         tokens_read = _tokens_of_mini_batches(self.config.mini_batch_size, gate, losses.before.shape[2], options)
@@ -422,6 +478,15 @@ def _forget(state: TTTLayerState, rows) -> TTTLayerState:
     return TTTLayerState(
         state.ttt._replace(count=clear(state.ttt.count)), jax.tree.map(clear, state.conv_inputs), clear(state.position)
     )
+
+
+def _zero_where_not(kept, x: jax.Array) -> jax.Array:
+    return x if kept is None else jnp.where(kept, x, jnp.zeros((), x.dtype))
+
+
+def _joined_heads(x: jax.Array) -> jax.Array:
+    """[B, T, H, D] to [B, T, H * D]; what is not of four axes stays for the check."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]) if x.ndim == 4 else x
 
 
 def _unit_length(x: jax.Array) -> jax.Array:

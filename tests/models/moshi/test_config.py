@@ -79,6 +79,10 @@ def test_from_kyutai_refuses_what_it_does_not_implement(fields, message):
         ({"depformer_weights_per_step_schedule": (0, 2) * 4}, "use every weight set"),
         ({"ttt": TTTInsertion(layers=(32,))}, r"ttt\.layers must lie in 0 \.\. 31"),
         ({"ttt": TTTInsertion(layers=(0,), num_heads=3)}, r"dim must be divisible by ttt\.num_heads"),
+        (
+            {"ttt": TTTInsertion(layers=(0,), num_heads=8, design="kv_cache")},
+            r"ttt\.num_heads must be None or num_heads = 32 with ttt\.design='kv_cache', .*, got 8",
+        ),
     ],
 )
 def test_validates_itself(fields, message):
@@ -94,6 +98,7 @@ def test_validates_itself(fields, message):
         ({"layers": ("a",)}, r"ttt\.layers must be indices of layers, .*, got \('a',\)"),
         ({"layers": (0,), "base_lr": "x"}, r"ttt\.base_lr must be > 0, .*, got 'x'"),
         ({"layers": (0,), "kind": "liner"}, "did you mean 'linear'"),
+        ({"layers": (0,), "design": "kvcache"}, r"ttt\.design must be one of .*; did you mean 'kv_cache'"),
         ({"layers": (0,), "mini_batch_size": 0}, r"ttt\.mini_batch_size must be an int >= 1, got 0"),
         ({"layers": (0,), "sinks": -1}, r"ttt\.sinks must be an int >= 0 \(frames\), got -1"),
         ({"layers": (0,), "gate_init": 0.0}, "gate_init must not be 0"),

@@ -9,9 +9,26 @@ import numpy as np
 import pytest
 
 from ttt_jax.models.moshi import Moshi, TTTInsertion, delay, init_state, losses, token_nll
+from ttt_jax.models.moshi.config import DESIGNS
 from ttt_jax.models.moshi.model import Block
 
 CLOSE = 2e-5  # float32; the inner loop of TTT divides by standard deviations
+EACH_DESIGN = pytest.mark.parametrize("design", DESIGNS)
+EACH_TTT = pytest.mark.parametrize(
+    ("kind", "design"),
+    [
+        ("linear", "after_attention"),
+        ("mlp", "after_attention"),
+        ("linear", "before_attention"),
+        ("linear", "kv_cache"),
+        ("mlp", "kv_cache"),
+    ],
+)
+
+
+def with_ttt(config, **fields):
+    """The config with other TTT layers."""
+    return dataclasses.replace(config, ttt=dataclasses.replace(config.ttt, **fields))
 
 
 def test_no_frames_and_no_rows(config, params):
@@ -23,8 +40,11 @@ def test_no_frames_and_no_rows(config, params):
         assert out.mask.shape == out.logits.shape[:3]
 
 
-def test_causality_by_jacobian(config, params):
+@EACH_DESIGN
+def test_causality_by_jacobian(config, random_params, design):
     """Every frame has its own token in each stream, so a row of an embedding is a frame; zeros are exact."""
+    config = with_ttt(config, design=design)
+    params = random_params(config)
     frames = 11
     order = np.random.default_rng(0).permutation(frames)
     codes = jnp.asarray(np.tile(order, (1, config.num_streams, 1)), jnp.int32)
@@ -57,9 +77,9 @@ def test_causality_by_jacobian(config, params):
             assert depth_inputs[j, t, k, f] == (predicted and k < j and f + delays[k] == t + delays[j]), (j, t, k, f)
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_any_split_into_calls_equals_one_call(config, random_params, temporal, random_codes, kind):
-    from_config = dataclasses.replace(config, ttt=dataclasses.replace(config.ttt, kind=kind))
+@EACH_TTT
+def test_any_split_into_calls_equals_one_call(config, random_params, temporal, random_codes, kind, design):
+    from_config = with_ttt(config, kind=kind, design=design)
     params = random_params(from_config)
     codes = random_codes(0, 2, 24)
     z, text_logits, state = temporal(from_config, params, codes)
@@ -74,8 +94,12 @@ def test_any_split_into_calls_equals_one_call(config, random_params, temporal, r
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=CLOSE), carried, state)
 
 
-def test_frame_by_frame_with_sinks_equals_one_call_long_after_the_window(config, params, temporal, random_codes):
-    config = dataclasses.replace(config, sinks=2, ttt=dataclasses.replace(config.ttt, sinks=1))
+@EACH_DESIGN
+def test_frame_by_frame_with_sinks_equals_one_call_long_after_the_window(
+    config, random_params, temporal, random_codes, design
+):
+    config = dataclasses.replace(with_ttt(config, sinks=1, design=design), sinks=2)
+    params = random_params(config)
     codes = random_codes(0, 2, 24)
     z, text_logits, state = temporal(config, params, codes)
     carried = init_state(config, params, 2)
@@ -87,8 +111,11 @@ def test_frame_by_frame_with_sinks_equals_one_call_long_after_the_window(config,
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=CLOSE), carried, state)
 
 
-def test_rows_lengths_and_resets_are_exact(config, params, temporal, random_codes):
+@EACH_DESIGN
+def test_rows_lengths_and_resets_are_exact(config, random_params, temporal, random_codes, design):
     """Ragged calls with rubbish beyond each row's length equal, row by row, that row alone in one call."""
+    config = with_ttt(config, design=design)
+    params = random_params(config)
     rng = np.random.default_rng(0)
     state = init_state(config, params, 2)
     history = [np.zeros((config.num_streams, 0), np.int32)] * 2
@@ -138,10 +165,10 @@ def test_parameters_hold_no_state(config):
     assert trees[0] == trees[1]
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_every_parameter_gets_a_gradient(config, random_codes, kind):
+@EACH_TTT
+def test_every_parameter_gets_a_gradient(config, random_codes, kind, design):
     """At step 0 an inserted TTT layer trains through wo alone; after one update everything trains."""
-    c = dataclasses.replace(config, ttt=dataclasses.replace(config.ttt, kind=kind))
+    c = with_ttt(config, kind=kind, design=design)
     codes = random_codes(0, 4, 24)
     # Every token must occur for its embedding to be trained; the initial ones do by themselves.
     codes = jnp.asarray(np.arange(codes.size).reshape(codes.shape) % config.card, jnp.int32)
@@ -153,7 +180,9 @@ def test_every_parameter_gets_a_gradient(config, random_codes, kind):
         f"['layers_1']['ttt']{jax.tree_util.keystr(path)}"
         for path, _ in jax.tree_util.tree_leaves_with_path(params["layers_1"]["ttt"])
     }
-    outside = {"['layers_1']['gate']", "['layers_1']['norm_ttt']['alpha']"}
+    outside = {"['layers_1']['gate']"}
+    if design == "after_attention":
+        outside |= {"['layers_1']['norm_ttt']['alpha']"}
     assert without == ttt - {"['layers_1']['ttt']['wo']['kernel']"} | outside
     second = grad(jax.tree.map(lambda p, g: p - 0.1 * g, params, first))
     for path, g in jax.tree_util.tree_leaves_with_path(second):
@@ -161,23 +190,24 @@ def test_every_parameter_gets_a_gradient(config, random_codes, kind):
         assert np.all(np.isfinite(g)), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_insertion_leaves_the_logits_bit_equal(config, random_params, random_codes, temporal, kind):
+@EACH_TTT
+def test_insertion_leaves_the_logits_bit_equal(config, random_params, random_codes, temporal, kind, design):
     plain = dataclasses.replace(config, ttt=None)
-    with_ttt = dataclasses.replace(config, ttt=TTTInsertion(layers=(0, 1), kind=kind, mini_batch_size=3))
+    insertion = TTTInsertion(layers=(0, 1), design=design, kind=kind, mini_batch_size=3)
+    extended = dataclasses.replace(config, ttt=insertion)
     trained = random_params(plain)
     codes = random_codes(0, 2, 13)
-    inserted = jax.jit(Moshi(with_ttt).init)(jax.random.key(0), codes)["params"]
+    inserted = jax.jit(Moshi(extended).init)(jax.random.key(0), codes)["params"]
     inserted = _overlay(inserted, trained)
     assert np.all(np.tanh(inserted["layers_0"]["gate"]) != 0)
     before = jax.jit(Moshi(plain).apply)({"params": trained}, codes)
-    after = jax.jit(Moshi(with_ttt).apply)({"params": inserted}, codes)
+    after = jax.jit(Moshi(extended).apply)({"params": inserted}, codes)
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    states = [init_state(plain, trained, 2), init_state(with_ttt, inserted, 2)]
+    states = [init_state(plain, trained, 2), init_state(extended, inserted, 2)]
     for t in range(7):
         frame = codes[:, :, t : t + 1]
         z, text_logits, states[0] = temporal(plain, trained, frame, states[0])
-        z_ttt, text_logits_ttt, states[1] = temporal(with_ttt, inserted, frame, states[1])
+        z_ttt, text_logits_ttt, states[1] = temporal(extended, inserted, frame, states[1])
         np.testing.assert_array_equal(z, z_ttt)
         np.testing.assert_array_equal(text_logits, text_logits_ttt)
 
@@ -234,7 +264,10 @@ def test_remat_changes_nothing(config, params, random_codes):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4), plain, remat)
 
 
-def test_bfloat16_keeps_float32_parameters_and_fast_weights(config, params, random_codes, temporal):
+@EACH_DESIGN
+def test_bfloat16_keeps_float32_parameters_and_fast_weights(config, random_params, random_codes, temporal, design):
+    config = with_ttt(config, design=design)
+    params = random_params(config)
     narrow = dataclasses.replace(config, dtype="bfloat16")
     codes = random_codes(0, 2, 9)
     z, text_logits, state = temporal(narrow, params, codes, init_state(narrow, params, 2))
@@ -252,7 +285,10 @@ def test_bfloat16_keeps_float32_parameters_and_fast_weights(config, params, rand
     assert {x.dtype for x in jax.tree.leaves(made)} == {jnp.dtype("float32")}
 
 
-def test_diagnostics_are_sown_on_demand(config, params, random_codes):
+@EACH_DESIGN
+def test_diagnostics_are_sown_on_demand(config, random_params, random_codes, design):
+    config = with_ttt(config, design=design)
+    params = random_params(config)
     apply = jax.jit(functools.partial(Moshi(config).apply, mutable=["diagnostics"]))
     _, sown = apply({"params": params}, random_codes(0, 1, 9))
     sown = sown["diagnostics"]

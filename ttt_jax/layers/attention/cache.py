@@ -87,3 +87,35 @@ def unrolled(cache: AttentionCache | None, k, v, size: int):
     held = cache.position[:, None] + before >= 0
     rings = (jnp.take_along_axis(ring, slot[:, :, None, None], axis=1) for ring in (cache.keys, cache.values))
     return [jnp.where(held[:, :, None, None], ring, jnp.zeros((), ring.dtype)) for ring in rings]
+
+
+def evicted(cache: AttentionCache | None, k, v, size: int, reset=None):
+    """What leaves a ring of `size` frames while the frames of k and v come in, one for each.
+
+    Args:
+        cache: before these frames; None is a fresh start.
+        k: `[B, T, H, D]` keys that come in; v alike.
+        v: values.
+        size: frames that the ring holds.
+        reset: `[B]` bool, rows whose ring is empty.
+
+    Returns:
+        Keys and values `[B, T, H, D]`, zeros where nothing leaves, and where something does: `[B, T]` bool. Where the
+        call's frames are not real, they mean nothing.
+    """
+    batch, frames = k.shape[:2]
+    position = jnp.zeros(batch, jnp.int32) if cache is None else cache.position
+    if reset is not None:
+        position = jnp.where(reset, 0, position)
+    position = position[:, None] + jnp.arange(frames, dtype=jnp.int32)[None]
+    leaves = position >= size
+    if cache is None:
+        old = [jnp.zeros((batch, min(frames, size), *x.shape[2:]), x.dtype) for x in (k, v)]
+    else:
+        slot = (position[:, :size] % size)[:, :, None, None]
+        old = [jnp.take_along_axis(ring, slot, axis=1) for ring in (cache.keys, cache.values)]
+    joined = (
+        jnp.concatenate([before.astype(x.dtype), x[:, : max(frames - size, 0)]], axis=1)
+        for before, x in zip(old, (k, v), strict=True)
+    )
+    return *(jnp.where(leaves[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in joined), leaves

@@ -15,6 +15,8 @@ from ttt_jax.models.moshi import kyutai
 
 AttentionKind = Literal["window", "segment"]
 ATTENTION_KINDS = ("window", "segment")
+Design = Literal["after_attention", "before_attention", "kv_cache"]
+DESIGNS = ("after_attention", "before_attention", "kv_cache")
 
 ZERO_TOKEN = -1
 """No embedding at this position of the stream, and no loss."""
@@ -38,15 +40,24 @@ class LayerAttention(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TTTInsertion:
-    """TTT after the attention of some layers: `h = SA(RMS(x)); x = x + h + tanh(gate) * TTT(RMS(h))`.
+    """TTT in some layers of the temporal transformer, as a memory beside or beyond their attention.
+
+    The designs, of a layer whose residual branch is `h = SA(RMS(x))` without TTT:
+
+    - "after_attention" (TTT-Video-DiT's, causal): `h = SA(RMS(x)); h + tanh(gate) * TTT(RMS(h))`.
+    - "before_attention": `u = RMS(x); h = SA(u + tanh(gate) * TTT(u))`, so that attention looks up what TTT read.
+    - "kv_cache": each key and value that leaves the attention's window is one token that the inner model learns, and
+      the attention's queries read it: `h + tanh(gate) * read(q)`. It has no projections of its own but the last, and
+      what attention still sees, it has not learned yet.
 
     Attributes:
         layers: indices of the temporal transformer's layers that get one.
+        design: where TTT reads and writes, see above.
         kind: the inner model, "linear" or "mlp".
-        num_heads: of the TTT layer; None takes the model's.
+        num_heads: of the TTT layer; None takes the model's, as "kv_cache" must.
         mini_batch_size: tokens per inner-loop step.
         base_lr: inner-loop base step size; None takes the published one (1.0 linear, 0.1 mlp).
-        backbone: "mamba" (shared Q/K projection, causal convolutions, output gate) or "base".
+        backbone: "mamba" (shared Q/K projection, causal convolutions, output gate) or "base"; not for "kv_cache".
         attention: kind of attention in these layers.
         context: their attention context in frames; None takes the model's.
         sinks: first frames that they see for ever, beside the context; None takes the model's.
@@ -54,6 +65,7 @@ class TTTInsertion:
     """
 
     layers: tuple[int, ...]
+    design: Design = "after_attention"
     kind: Literal["linear", "mlp"] = "linear"
     num_heads: int | None = None
     mini_batch_size: int = 16
@@ -72,6 +84,7 @@ class TTTInsertion:
         if not all(isinstance(layer, int | np.integer) for layer in layers):
             raise ValueError(f"ttt.layers must be indices of layers, such as (1, 3), got {self.layers!r}")
         object.__setattr__(self, "layers", tuple(map(int, layers)))
+        _check_choice("ttt.design", self.design, DESIGNS)
         _check_choice("ttt.kind", self.kind, ("linear", "mlp"))
         _check_choice("ttt.backbone", self.backbone, ("mamba", "base"))
         _check_choice("ttt.attention", self.attention, ATTENTION_KINDS)
@@ -272,7 +285,8 @@ class MoshiConfig:
         ttt = self.ttt
         if ttt is None or not ttt.layers:
             return None
-        options = {"backbone": ttt.backbone, "mini_batch_size": ttt.mini_batch_size, "base_lr": ttt.base_lr}
+        backbone = "base" if ttt.design == "kv_cache" else ttt.backbone
+        options = {"backbone": backbone, "mini_batch_size": ttt.mini_batch_size, "base_lr": ttt.base_lr}
         return TTTConfig.ttt_lm(ttt.kind, self.dim, ttt.num_heads or self.num_heads, **options)
 
     @property
@@ -351,6 +365,11 @@ class MoshiConfig:
         if bad:
             raise ValueError(f"ttt.layers must lie in 0 .. {self.num_layers - 1} (num_layers - 1), got {bad}")
         heads = self.ttt.num_heads or self.num_heads
+        if self.ttt.design == "kv_cache" and heads != self.num_heads:
+            raise ValueError(
+                f"ttt.num_heads must be None or num_heads = {self.num_heads} with ttt.design='kv_cache', which learns "
+                f"the attention's keys and values, got {heads}"
+            )
         _check_divisible("dim", self.dim, "ttt.num_heads", heads)
         if self.dim // heads % 2:
             raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ttt_jax.dtypes import at_least_float32
-from ttt_jax.layers.attention import AttentionCache, init_attention_cache, segment_attention, window_attention
+from ttt_jax.layers.attention import AttentionCache, evicted, init_attention_cache, segment_attention, window_attention
 from ttt_jax.layers.linear import LORA, linear
 from ttt_jax.layers.mlp import KERNEL_INIT, GatedMLP, gated_hidden_size
 from ttt_jax.layers.norm import RMSNorm
@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, length, reset):
-        """`[B, T, dim]` to the same, and the cache."""
+        """`[B, T, dim]` to the same, the cache, and q, k, v `[B, T, H, D]` before rotation."""
         c = self.config
         in_proj = self.param("in_proj", KERNEL_INIT, (c.dim, 3 * c.dim), jnp.float32)
         out_proj = self.param("out_proj", KERNEL_INIT, (c.dim, c.dim), jnp.float32)
@@ -93,11 +93,11 @@ class SelfAttention(nn.Module):
         else:
             out, cache = segment_attention(q, k, v, segment=attention.context, **options)
             assert cache is not None  # only bidirectional segments have none
-        return linear(self, "out_proj", out.reshape(x.shape), out_proj), cache
+        return linear(self, "out_proj", out.reshape(x.shape), out_proj), cache, (q, k, v)
 
 
 class Block(nn.Module):
-    """One temporal layer; with TTT, the branch is `h = SA(RMS(x)); h + tanh(gate) * TTT(RMS(h))`."""
+    """One temporal layer; where TTT goes in, `TTTInsertion` tells."""
 
     config: MoshiConfig
     layer: int
@@ -105,26 +105,36 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, state: LayerState | None, length, reset) -> tuple[jax.Array, LayerState]:
         """`[B, T, dim]` to the same, and the layer's new state."""
-        c = self.config
-        cache, ttt_state = (None, None) if state is None else state
-        branch, cache = SelfAttention(c, self.layer, name="self_attn")(RMSNorm(name="norm1")(x), cache, length, reset)
-        ttt = c.layer_ttt(self.layer)
-        if c.ttt is not None and ttt is not None:
-            learned, ttt_state = TTTLayer(ttt, dtype=jnp.dtype(c.dtype), zero_init=True, name="ttt")(
-                RMSNorm(name="norm_ttt")(branch), ttt_state, length=length, reset=reset
-            )
-            branch = branch + self._gate(c.ttt.gate_init).astype(x.dtype)[None, None] * learned
+        c, dtype, rows = self.config, jnp.dtype(self.config.dtype), {"length": length, "reset": reset}
+        before, ttt_state = (None, None) if state is None else state
+        inner_loop = c.layer_ttt(self.layer)
+        design = c.ttt.design if c.ttt and inner_loop else None
+        ttt: Any = inner_loop and TTTLayer(inner_loop, dtype=dtype, zero_init=True, name="ttt")
+        branch = RMSNorm(name="norm1")(x)
+        if design == "before_attention":
+            learned, ttt_state = ttt(branch, ttt_state, **rows)
+            branch = branch + self._gated(learned)
+        branch, cache, (q, k, v) = SelfAttention(c, self.layer, name="self_attn")(branch, before, length, reset)
+        if design == "after_attention":
+            learned, ttt_state = ttt(RMSNorm(name="norm_ttt")(branch), ttt_state, **rows)
+            branch = branch + self._gated(learned)
+        if design == "kv_cache":
+            left = evicted(before, k, v, c.layer_attention(self.layer).context, reset)
+            learned, ttt_state = ttt.remember(q, *left, ttt_state, **rows)
+            branch = branch + self._gated(learned)
         x = x + branch
         hidden = gated_hidden_size(c.dim, int(c.hidden_scale * c.dim))
-        mlp = GatedMLP(hidden, dtype=jnp.dtype(c.dtype), name="gating")
+        mlp = GatedMLP(hidden, dtype=dtype, name="gating")
         return x + mlp(RMSNorm(name="norm2")(x)), LayerState(cache, ttt_state)
 
-    def _gate(self, init: float):
-        gate = self.param("gate", nn.initializers.constant(init), (self.config.dim,), jnp.float32)
+    def _gated(self, learned):
+        """What TTT adds."""
+        insertion: Any = self.config.ttt
+        gate = self.param("gate", nn.initializers.constant(insertion.gate_init), (self.config.dim,), jnp.float32)
         gate = jnp.tanh(gate)
         if not self.is_initializing():
             self.sow("diagnostics", "gate_size", jnp.mean(jnp.abs(gate)))
-        return gate
+        return gate.astype(learned.dtype)[None, None] * learned
 
 
 View = Callable[[tuple[str, ...], Any], Any]
