@@ -45,6 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
         "remat": False,
         "ttt": {
             "layers": (2, 4),
+            "design": "after_attention",
             "kind": "linear",
             "num_heads": placeholder(int),
             "mini_batch_size": 16,

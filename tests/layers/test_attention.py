@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.layers.attention import init_attention_cache, segment_attention, window_attention
+from ttt_jax.layers.attention import evicted, init_attention_cache, segment_attention, window_attention
 from ttt_jax.layers.rope import RotaryEmbedding
 
 B, H, D = 2, 2, 4
@@ -249,3 +249,28 @@ def test_a_cache_that_does_not_fit_is_refused(leaf, value, message):
         window_attention(*qkv(3), window=SIZE, cache=cache)
     with pytest.raises(ValueError, match="cache must be the AttentionCache"):
         window_attention(*qkv(3), window=SIZE, cache=tuple(cache))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("splits", [(13,), (1,) * 13, (3, 0, 7, 3), (6, 5, 2)])
+def test_what_leaves_the_window_is_what_came_a_window_before(splits):
+    _, k, v = qkv(13)
+    cache, found, start = None, [], 0
+    for frames in splits:
+        part = slice(start, start + frames)
+        found.append(jax.jit(evicted, static_argnums=3)(cache, k[:, part], v[:, part], SIZE))
+        _, cache = JITTED["window"](k[:, part], k[:, part], v[:, part], cache=cache)
+        start += frames
+    keys, values, leaves = (np.concatenate(x, axis=1) for x in zip(*found, strict=True))
+    np.testing.assert_array_equal(leaves, np.arange(13)[None].repeat(B, 0) >= SIZE)
+    for got, x in ((keys, k), (values, v)):
+        np.testing.assert_array_equal(got[:, SIZE:], x[:, :-SIZE])
+        assert not np.any(got[:, :SIZE])
+
+
+def test_nothing_leaves_the_window_of_a_row_that_was_reset():
+    _, k, v = qkv(9)
+    _, cache = JITTED["window"](k, k, v, length=np.array([9, 3]))
+    keys, _, leaves = evicted(cache, k, v, SIZE, reset=np.array([True, False]))
+    np.testing.assert_array_equal(leaves, [[False] * 5 + [True] * 4, [False] * 2 + [True] * 7])
+    np.testing.assert_array_equal(keys[0, 5:], k[0, :4])
+    np.testing.assert_array_equal(keys[1, 2:], np.concatenate([k[1, :3], k[1, :4]]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.layers.ttt import TTTConfig, TTTLayer, init_layer_state
-from ttt_jax.ttt import ttt_linear, ttt_mlp
+from ttt_jax.ttt import TTTLinearParams, ttt_linear, ttt_mlp
 
 WIDTH, C = 8, 4
 PRESETS = {
@@ -246,6 +246,68 @@ def test_positions_of_a_video_are_those_of_its_three_axes():
         moved[0, 1, axis] += 3
         assert np.abs(apply(moved) - y).max() > 1e-6
     np.testing.assert_array_equal(apply(np.zeros((1, 3), int)), nowhere)  # nothing turns, along one axis or three
+
+
+def make_memory(num_tokens, batch_size=2):
+    """A layer without projections in front with random parameters, and q, k, v [B, T, H, D]."""
+    layer = TTTLayer(PRESETS["base"], dtype=jnp.float64)
+    rng = np.random.default_rng(0)
+    qkv = jnp.asarray(rng.standard_normal((3, batch_size, num_tokens, 2, WIDTH // 2)))
+    leaves = jnp.ones((batch_size, num_tokens), bool)
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), *qkv, leaves, method="remember"))["params"]
+    params = jax.tree.map(lambda s: jnp.asarray(0.4 * rng.standard_normal(s.shape)), shapes)
+    params["inner"]["ln_scale"] += 1
+    params["token_scale_offset"] *= 0.1
+    return params, jax.jit(partial(layer.apply, {"params": params}, method="remember")), qkv
+
+
+def test_a_memory_of_attention_follows_its_equations():
+    params, remember, (q, k, v) = make_memory(2 * C + 1)
+    assert set(params) == {"wo", "step_size", "post_norm", "token_scale_offset", "inner"}
+    leaves = jnp.arange(2 * C + 1)[None] >= jnp.asarray([[3], [0]])
+    y, state = remember(q, k, v, leaves)
+    weights = jax.tree.map(np.asarray, params)
+    steps = np.asarray(k).reshape(2, 2 * C + 1, WIDTH) @ weights["step_size"]["kernel"] + weights["step_size"]["bias"]
+    lr = jnp.asarray(1 / (1 + np.exp(-steps)) / (WIDTH // 2) * np.asarray(leaves)[..., None])
+    q, k = (x / jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True)) for x in (q, k))  # of length sqrt(D)
+    scale = jnp.asarray(np.maximum(1 / np.arange(1, C + 1) + weights["token_scale_offset"], 0))
+    inner = TTTLinearParams(**params["inner"])
+    out, expected = ttt_linear(inner, q, k, v, lr, mini_batch_size=C, token_scale=scale)
+    out = np.asarray(out).reshape(2, 2 * C + 1, WIDTH)
+    out = (out - out.mean(-1, keepdims=True)) / np.sqrt(out.var(-1, keepdims=True) + 1e-6)
+    out = out * weights["post_norm"]["scale"] + weights["post_norm"]["bias"]
+    assert_close((y, state.ttt), (out @ weights["wo"]["kernel"], expected), 1e-9)
+
+
+def test_a_memory_of_attention_is_exact_by_row():
+    """NaN where nothing is real, what does not leave, and another row change nothing."""
+    _, remember, (q, k, v) = make_memory(2 * C + 1)
+    leaves = jnp.arange(2 * C + 1)[None] >= jnp.asarray([[2], [4]])
+    kept = jnp.arange(2 * C + 1)[None] < jnp.asarray([[C + 2], [0]])
+    rubbish = [jnp.where(kept[..., None, None], x, jnp.nan) for x in (q, k, v)]
+    y, state = remember(*rubbish, leaves, length=jnp.asarray([C + 2, 0]))
+    alone, expected = remember(*(x[:1, : C + 2] for x in (q, k, v)), leaves[:1, : C + 2])
+    assert_close(y[:1, : C + 2], alone)
+    assert not np.any(y[0, C + 2 :])
+    assert not np.any(y[1])
+    assert_close(jax.tree.map(lambda x: x[:1], state), expected)
+    other, _ = remember(q, k.at[:, :2].add(1), v.at[:, :2].add(1), leaves)
+    assert_close(other, remember(q, k, v, leaves)[0])
+    grads = jax.grad(lambda x: jnp.sum(remember(*x, leaves, length=jnp.asarray([C + 2, 0]))[0]))(rubbish)
+    assert all(np.all(np.isfinite(g)) for g in grads)
+
+
+def test_bad_calls_of_a_memory_are_named():
+    _, remember, (q, k, v) = make_memory(C)
+    leaves = jnp.ones((2, C), bool)
+    with pytest.raises(ValueError, match=r"q: expected shape \[B, T, H, D\] with H, D = 2, 4, got \(2, 4, 4, 2\)"):
+        remember(q.swapaxes(2, 3), k, v, leaves)
+    with pytest.raises(ValueError, match=r"v: expected shape \(2, 4, 2, 4\) like q's, got \(2, 3, 2, 4\)"):
+        remember(q, k, v[:, 1:], leaves)
+    with pytest.raises(ValueError, match=r"leaves: expected shape \(2, 4\) like q's, got \(4,\)"):
+        remember(q, k, v, leaves[0])
+    with pytest.raises(ValueError, match="config: expected a causal one of backbone 'base'"):
+        TTTLayer(PRESETS["mamba"]).init(jax.random.key(0), q, k, v, leaves, method="remember")
 
 
 def test_lengths_resets_and_positions_may_be_lists():

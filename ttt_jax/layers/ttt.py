@@ -277,6 +277,8 @@ class TTTLayer(nn.Module):
         c = self.config
         if c.shared_qk or not c.causal:
             raise ValueError("config: expected a causal one of backbone 'base', which has no convolutions and gate.")
+        if q.ndim != 4 or q.shape[2:] != (c.num_heads, c.head_dim):
+            raise ValueError(f"q: expected shape [B, T, H, D] with H, D = {c.num_heads}, {c.head_dim}, got {q.shape}.")
         state, length, reset, is_real = self._check(_joined_heads(q), state, length, reset)
         for name, x, shape in (("k", k, q.shape), ("v", v, q.shape), ("leaves", leaves, q.shape[:2])):
             if x.shape != shape:
@@ -485,8 +487,8 @@ def _zero_where_not(kept, x: jax.Array) -> jax.Array:
 
 
 def _joined_heads(x: jax.Array) -> jax.Array:
-    """[B, T, H, D] to [B, T, H * D]; what is not of four axes stays for the check."""
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]) if x.ndim == 4 else x
+    """[B, T, H, D] to [B, T, H * D]."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
 def _unit_length(x: jax.Array) -> jax.Array:
