@@ -70,6 +70,13 @@ def test_arguments_that_are_no_flags_are_refused():
         run(lambda: None, "stray")
 
 
+def start(program, *arguments, directory):
+    """Runs a program of the root as a user does, in a directory."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / program, *arguments]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -78,16 +85,29 @@ def test_arguments_that_are_no_flags_are_refused():
             ["train.py", f"--config={ROOT / 'configs' / 'quickstart.py'}", "--workdir=run", "--config.mesh.data=7"],
             "no finished token dataset at data/quickstart",
         ),
+        (
+            ["train.py", f"--config={ROOT / 'configs' / 'quickstart.py'}", "--workdir=run", "--config.modell.dim=7"],
+            "a flag names no field of --config: 'modell' Did you mean \"model\"",
+        ),
+        (
+            ["train.py", f"--config={ROOT / 'configs' / 'quickstart.py'}", "--workdir=run", "--config.model.dimm=7"],
+            "a flag names no field of --config: 'dimm' Did you mean \"dim\"",
+        ),
     ],
 )
 def test_training_and_evaluation_end_in_one_line(command, message, tmp_path):
-    program, *arguments = command
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, ROOT / program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    ended = start(*command, directory=tmp_path)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("error: ")
     assert message in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_config_file_that_fails_keeps_its_traceback(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from configs import quickstart\ndef get_config():\n    return quickstart.get_config().modell\n"
+    )
+    ended = start("train.py", "--config=mine.py", "--workdir=run", directory=tmp_path)
+    assert ended.returncode == 1
+    assert 'mine.py", line 3, in get_config' in ended.stderr

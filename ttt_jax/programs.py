@@ -3,6 +3,7 @@
 import functools
 import opcode
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,21 @@ def run(main: Callable[[], Any]) -> None:
     Exit codes are `main`'s own, 0, or 1 after an error: one line (`is_about_input`), or a traceback. `--verbosity=1`
     shows tracebacks of all.
     """
-    app.run(functools.partial(_run, main))
+    app.run(functools.partial(_run, main), flags_parser=_parsed)
+
+
+def _parsed(argv: list[str]) -> list[str]:
+    """What is left of the arguments without flags."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (KeyError, AttributeError) as error:
+        # ml_collections' answer to a field of --config that is not there, unless a config file asked for it.
+        rooms = {frame.f_globals["__name__"].split(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if not rooms <= {"absl", "ml_collections", "ttt_jax"}:
+            raise
+        cause = error.args[0]
+        hint = cause.args[0] if isinstance(cause, KeyError) else cause
+        sys.exit(f"error: a flag names no field of --config: {' '.join(str(hint).split())}")
 
 
 def _run(main: Callable[[], Any], argv: list[str]) -> None:

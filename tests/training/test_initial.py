@@ -142,6 +142,8 @@ def test_what_does_not_fit_is_listed(plain, tmp_path):
     ):
         check_init_from(make(tmp_path / "ttt", ttt={"layers": (0,), "mini_batch_size": 4, "base_lr": 0.01}))
     check_init_from(make(tmp_path / "ttt", ttt={"layers": (0,), "mini_batch_size": 4, "base_lr": 1.0}))
+    with pytest.raises(ValueError, match=r"TTT layers' design: there 'after_attention', config\.model says 'kv_cache'"):
+        check_init_from(make(tmp_path / "ttt", ttt={"layers": (0,), "mini_batch_size": 4, "design": "kv_cache"}))
     check_init_from(make(directory, context=2, attention="segment"))
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         check_init_from(make(tmp_path / "nowhere"))

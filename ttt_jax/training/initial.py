@@ -81,6 +81,9 @@ def _check(config: ExperimentConfig, model: Any, params: Any) -> None:
     loops = model.ttt_config, config.model.ttt_config
     if None not in loops:
         compared += [(f"the TTT layers' {name}", *(getattr(loop, name) for loop in loops)) for name in INNER_LOOP]
+    there, here = (getattr(m, "ttt", None) for m in (model, config.model))  # what was inserted into a Moshi
+    if there and here:
+        compared.append(("the TTT layers' design", there.design, here.design))
     differing = [
         f"{name}: there {there!r}, config.model says {here!r}" for name, there, here in compared if there != here
     ]
