@@ -306,8 +306,9 @@ def test_bad_calls_of_a_memory_are_named():
         remember(q, k, v[:, 1:], leaves)
     with pytest.raises(ValueError, match=r"leaves: expected shape \(2, 4\) like q's, got \(4,\)"):
         remember(q, k, v, leaves[0])
-    with pytest.raises(ValueError, match="config: expected a causal one of backbone 'base'"):
-        TTTLayer(PRESETS["mamba"]).init(jax.random.key(0), q, k, v, leaves, method="remember")
+    for name in ("mamba", "video_dit_causal"):
+        with pytest.raises(ValueError, match="config: expected ttt_lm's with backbone='base'"):
+            TTTLayer(PRESETS[name]).init(jax.random.key(0), q, k, v, leaves, method="remember")
 
 
 def test_lengths_resets_and_positions_may_be_lists():

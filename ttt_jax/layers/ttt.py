@@ -257,7 +257,7 @@ class TTTLayer(nn.Module):
         """Learn pairs of an attention's keys and values that have left its window, and read what its queries ask for.
 
         It has no projections of its own but the last; a pair's step size is told by its key. Queries and keys are
-        un-rotated and brought to a length of sqrt(D). Needs a causal config without Mamba's backbone.
+        un-rotated and brought to a length of sqrt(D). The config must be `TTTConfig.ttt_lm` with the backbone "base".
 
         Args:
           q: [B, T, H, D] float, the attention's queries.
@@ -272,11 +272,11 @@ class TTTLayer(nn.Module):
           [B, T, width] in `dtype`, and the state after the last real token.
 
         Raises:
-          ValueError: wrong shapes or dtypes, or a config with projections in front.
+          ValueError: wrong shapes or dtypes, or another config.
         """
         c = self.config
-        if c.shared_qk or not c.causal:
-            raise ValueError("config: expected a causal one of backbone 'base', which has no convolutions and gate.")
+        if c.shared_qk or c.layer_norm_target or not c.causal:
+            raise ValueError("config: expected ttt_lm's with backbone='base', which adds nothing to q, k and v.")
         if q.ndim != 4 or q.shape[2:] != (c.num_heads, c.head_dim):
             raise ValueError(f"q: expected shape [B, T, H, D] with H, D = {c.num_heads}, {c.head_dim}, got {q.shape}.")
         state, length, reset, is_real = self._check(_joined_heads(q), state, length, reset)

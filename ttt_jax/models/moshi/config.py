@@ -46,9 +46,9 @@ class TTTInsertion:
 
     - "after_attention" (TTT-Video-DiT's, causal): `h = SA(RMS(x)); h + tanh(gate) * TTT(RMS(h))`.
     - "before_attention": `u = RMS(x); h = SA(u + tanh(gate) * TTT(u))`, so that attention looks up what TTT read.
-    - "kv_cache": each key and value that leaves the attention's window is one token that the inner model learns, and
-      the attention's queries read it: `h + tanh(gate) * read(q)`. It has no projections of its own but the last, and
-      what attention still sees, it has not learned yet.
+    - "kv_cache": a key and value, when `context` frames have come after it, is one token that the inner model learns,
+      and the attention's queries read it: `h + tanh(gate) * read(q)`. It has no projections of its own but the last.
+      What a window still holds has not been learned yet; sinks are learned, too.
 
     Attributes:
         layers: indices of the temporal transformer's layers that get one.
