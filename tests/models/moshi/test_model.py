@@ -10,6 +10,7 @@ import pytest
 
 from ttt_jax.models.moshi import Moshi, TTTInsertion, delay, init_state, losses, token_nll
 from ttt_jax.models.moshi.config import DESIGNS
+from ttt_jax.models.moshi.insertion import without_ttt
 from ttt_jax.models.moshi.model import Block
 
 CLOSE = 2e-5  # float32; the inner loop of TTT divides by standard deviations
@@ -210,6 +211,19 @@ def test_insertion_leaves_the_logits_bit_equal(config, random_params, random_cod
         z_ttt, text_logits_ttt, states[1] = temporal(extended, inserted, frame, states[1])
         np.testing.assert_array_equal(z, z_ttt)
         np.testing.assert_array_equal(text_logits, text_logits_ttt)
+
+
+@EACH_DESIGN
+def test_closed_gates_leave_the_model_without_ttt(config, random_params, random_codes, design):
+    config = with_ttt(config, design=design, attention="window", context=None)
+    params = random_params(config)
+    codes = random_codes(0, 2, 13)
+    open_gates = jax.jit(Moshi(config).apply)({"params": params}, codes)
+    closed = jax.jit(Moshi(config).apply)({"params": without_ttt(params)}, codes)
+    plain = jax.jit(Moshi(dataclasses.replace(config, ttt=None)).apply)({"params": params}, codes)
+    np.testing.assert_allclose(closed.text_logits, plain.text_logits, atol=1e-6)
+    np.testing.assert_allclose(closed.logits, plain.logits, atol=1e-6)
+    assert np.abs(open_gates.text_logits - plain.text_logits).max() > 0.01
 
 
 @pytest.mark.parametrize("layer", [0, 1])
