@@ -202,9 +202,9 @@ def test_bad_input_names_the_argument():
         window_attention(q, k[:, :2], v, window=3)
     with pytest.raises(ValueError, match="q must be an array, got list"):
         window_attention(q.tolist(), k, v, window=3)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"length must be integer of shape \(2,\), got bool"):
+    with pytest.raises(ValueError, match=r"length: expected integers of shape \[B\] = \(2,\), got bool"):
         window_attention(q, k, v, window=3, length=[True, False])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="length must be"):
+    with pytest.raises(ValueError, match="length: expected integers"):
         window_attention(q, k, v, window=3, length=jnp.zeros(B + 1, jnp.int32))
 
     with pytest.raises(ValueError, match=r"rope must be a RotaryEmbedding or None, got 10000\.0"):

@@ -344,7 +344,7 @@ def test_bad_calls_are_named():
         layer.apply({"params": params}, x, other)
     with pytest.raises(ValueError, match="x: expected an array, got list"):
         layer.apply({"params": params}, [0.0])
-    with pytest.raises(ValueError, match=r"length: expected integer of shape \[B\] = \(3,\), got int.* \(2,\)"):
+    with pytest.raises(ValueError, match=r"length: expected integers of shape \[B\] = \(3,\), got int.* \(2,\)"):
         layer.apply({"params": params}, x, length=[1, 2])
     with pytest.raises(ValueError, match=r"reset: expected bool of shape \[B\] = \(3,\), got int"):
         layer.apply({"params": params}, x, reset=[0, 1, 0])

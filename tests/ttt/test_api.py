@@ -44,9 +44,12 @@ def make_state(count=None):
         (lambda: {"lr": jnp.zeros((2, C))}, r"lr: expected shape \[B, T, H\] = \(2, 4, 2\), got \(2, 4\)"),
         (lambda: {"lr": jnp.zeros((2, C, 2), jnp.bfloat16)}, r"lr: expected dtype float32 or float64, got bfloat16"),
         (lambda: {"token_scale": jnp.ones(3)}, r"token_scale: expected shape \[C\] = \(4,\), got \(3,\)"),
-        (lambda: {"length": jnp.ones(3, jnp.int32)}, r"length: expected shape \[B\] = \(2,\), got \(3,\)"),
-        (lambda: {"length": jnp.ones(2)}, r"length: expected an int dtype, got float64"),
-        (lambda: {"reset": jnp.ones(2, jnp.int32)}, r"reset: expected bool dtype, got int32"),
+        (
+            lambda: {"length": jnp.ones(3, jnp.int32)},
+            r"length: expected integers of shape \[B\] = \(2,\), got int32 of \(3,\)",
+        ),
+        (lambda: {"length": jnp.ones(2)}, r"length: expected integers of shape .*, got float64"),
+        (lambda: {"reset": jnp.ones(2, jnp.int32)}, r"reset: expected bool of shape .*, got int32"),
         (
             lambda: {"params": make_params("mlp", seed=2)},
             r"params: expected TTTLinearParams for ttt_linear, got TTTMLPParams",

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.dtypes import at_least_float32, clipped_length, integers
+from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.conv import causal_conv
 from ttt_jax.layers.rope import RotaryEmbedding, rotate, rotate_3d
+from ttt_jax.rows import checked_rows, real_tokens, zero_where_not
 from ttt_jax.ttt import TTTLinearParams, TTTMLPParams, TTTState, init_state, ttt_linear, ttt_loss, ttt_mlp
 
 Kind = Literal["linear", "mlp"]
@@ -230,7 +231,7 @@ class TTTLayer(nn.Module):
         positions = None if positions is None else jnp.asarray(positions)
         state, length, reset, is_real = self._check(x, state, length, reset)
         self._check_positions(x, positions)
-        x = _zero_where_not(is_real, x).astype(self.dtype)
+        x = zero_where_not(is_real, x).astype(self.dtype)
         q, k, v, conv_inputs = self._projections(x, state, length)
         q, k = self._place(q, k, state, positions)
         params = self.inner()
@@ -283,12 +284,10 @@ class TTTLayer(nn.Module):
         for name, x, shape in (("k", k, q.shape), ("v", v, q.shape), ("leaves", leaves, q.shape[:2])):
             if x.shape != shape:
                 raise ValueError(f"{name}: expected shape {shape} like q's, got {x.shape}.")
-        if is_real is not None:
-            q, k, v = (_zero_where_not(is_real[..., None], x) for x in (q, k, v))
-        q, k, v = (x.astype(self.dtype) for x in (q, k, v))
+        q, k, v = (zero_where_not(is_real, x).astype(self.dtype) for x in (q, k, v))
         gate = jax.nn.sigmoid(self.step_size(_joined_heads(k)))
         q, k = (_unit_length(x) * math.sqrt(c.head_dim) for x in (q, k))
-        learned = leaves[..., None] if is_real is None else leaves[..., None] & is_real
+        learned = leaves if is_real is None else leaves & is_real
         out, ttt_state = self._operate(self.inner(), q, k, v, gate, learned, state, length, reset)
         y = self._output(_joined_heads(q), out, is_real)
         return y, TTTLayerState(ttt_state, None, self._next_position(q, state, length))
@@ -301,9 +300,8 @@ class TTTLayer(nn.Module):
         return TTTLayerState(init_state(self.inner(), batch_size), conv_inputs, jnp.zeros(batch_size, jnp.int32))
 
     def _check(self, x, state, length, reset):
-        """Checks them; the state without what reset rows carry, length in [0, T], and real tokens [B, T, 1] or None."""
+        """Checks them; the state without what reset rows carry, length in [0, T], and real tokens [B, T] or None."""
         c = self.config
-        length, reset = (None if a is None else integers(a) for a in (length, reset))
         if not isinstance(x, jax.Array | np.ndarray):
             raise ValueError(f"x: expected an array, got {type(x).__name__}. Make it one with jnp.asarray.")
         if x.ndim != 3 or x.shape[-1] != c.width:
@@ -323,16 +321,10 @@ class TTTLayer(nn.Module):
                         f"state.{name}: expected shape {shape}, got {got}. Does it belong to another batch size or "
                         "another layer's config?"
                     )
-        for name, rows, kind in (("length", length, jnp.integer), ("reset", reset, jnp.bool_)):
-            if rows is not None and (rows.shape != x.shape[:1] or not jnp.issubdtype(rows.dtype, kind)):
-                expected = f"{kind.__name__} of shape [B] = {x.shape[:1]}"
-                raise ValueError(f"{name}: expected {expected}, got {rows.dtype} of shape {rows.shape}.")
+        length, reset = checked_rows(length, reset, *x.shape[:2])
         if state is not None and reset is not None:
             state = _forget(state, reset)
-        if length is None:
-            return state, None, reset, None
-        length = clipped_length(length, x.shape[1])
-        return state, length, reset, (jnp.arange(x.shape[1], dtype=jnp.int32)[None] < length[:, None])[..., None]
+        return state, length, reset, real_tokens(length, x.shape[1])
 
     def _check_positions(self, x, positions):
         if positions is not None and self.config.positions == "in_mini_batch":
@@ -392,10 +384,10 @@ class TTTLayer(nn.Module):
         }
 
     def _operate(self, params, q, k, v, gate, is_learned, state, length, reset):
-        """[B, T, H, D] of the inner loop and its state; tokens that are not learned ([B, T, 1]) have step size 0."""
+        """[B, T, H, D] of the inner loop and its state; tokens that are not learned ([B, T] bool) have step size 0."""
         c = self.config
         options = self._options(state, length, reset)
-        tokens = (q, k, v, _zero_where_not(is_learned, gate) * (c.base_lr / c.head_dim))
+        tokens = (q, k, v, zero_where_not(is_learned, gate) * (c.base_lr / c.head_dim))
         operation: Any = ttt_linear if c.kind == "linear" else ttt_mlp
         out, ttt_state = operation(params, *tokens, **options)
         self._diagnose(params, tokens, options, gate, is_learned, ttt_state)
@@ -405,7 +397,7 @@ class TTTLayer(nn.Module):
         y = self.post_norm(out.reshape(x.shape).astype(at_least_float32(self.dtype))).astype(self.dtype)
         if self.config.shared_qk:
             y = y * jax.nn.gelu(self.wg(x), approximate=True)
-        return _zero_where_not(is_real, self.wo(y))
+        return zero_where_not(is_real, self.wo(y))
 
     def _next_position(self, x, state, length):
         read = jnp.full(x.shape[0], x.shape[1], jnp.int32) if length is None else length
@@ -419,8 +411,8 @@ class TTTLayer(nn.Module):
         if not self.is_mutable_collection("diagnostics") or self.is_initializing():
             return
         saturated = (gate < SATURATED) | (gate > 1 - SATURATED)
-        is_learned = jnp.ones((1, 1, 1), bool) if is_learned is None else is_learned
-        self.sow("diagnostics", "step_size_saturation", _mean(saturated.astype(gate.dtype), is_learned))
+        is_learned = jnp.ones((1, 1), bool) if is_learned is None else is_learned
+        self.sow("diagnostics", "step_size_saturation", _mean(saturated.astype(gate.dtype), is_learned[..., None]))
         self.sow("diagnostics", "fast_weight_drift", _drift(params, state))
         losses = ttt_loss(params, *tokens, **options)
         tokens_read = _tokens_of_mini_batches(self.config.mini_batch_size, gate, losses.before.shape[2], options)
@@ -480,10 +472,6 @@ def _forget(state: TTTLayerState, rows) -> TTTLayerState:
     return TTTLayerState(
         state.ttt._replace(count=clear(state.ttt.count)), jax.tree.map(clear, state.conv_inputs), clear(state.position)
     )
-
-
-def _zero_where_not(kept, x: jax.Array) -> jax.Array:
-    return x if kept is None else jnp.where(kept, x, jnp.zeros((), x.dtype))
 
 
 def _joined_heads(x: jax.Array) -> jax.Array:

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.dtypes import at_least_float32, clipped_length, integers
+from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.attention import segment_attention
 from ttt_jax.layers.norm import LayerNorm
 from ttt_jax.layers.rope import RotaryEmbedding
 from ttt_jax.layers.ttt import TTTConfig, TTTLayer
+from ttt_jax.rows import checked_rows, real_tokens, zero_where_not
 
 Parts = dict[str, jax.Array]
 Turn = Callable[[Parts], Parts]
@@ -114,12 +115,10 @@ class TTTBidirectional(nn.Module):
             ValueError: wrong shapes or dtypes, a causal config, or segments that do not advance.
         """
         c = self.config
-        length = None if length is None else integers(length)
-        self._check(x, length)
-        if length is not None:
-            length = clipped_length(length, x.shape[1])
-            x = jnp.where(_is_real(x, length), x, jnp.zeros((), x.dtype))
-        x = x.astype(self.dtype)
+        self._check(x)
+        length, _ = checked_rows(length, None, *x.shape[:2])
+        is_real = real_tokens(length, x.shape[1])
+        x = zero_where_not(is_real, x).astype(self.dtype)
 
         rope = RotaryEmbedding(c.rope_theta)
         attend = attend_segments(segment=self.segment, overlap=self.overlap, rope=rope, length=length)
@@ -132,27 +131,19 @@ class TTTBidirectional(nn.Module):
             lambda parts: {"audio": _reversed(parts["audio"], length)},
             self.gate_init,
         )["audio"]
-        return y if length is None else jnp.where(_is_real(y, length), y, jnp.zeros((), y.dtype))
+        return zero_where_not(is_real, y)
 
-    def _check(self, x, length):
+    def _check(self, x):
         if self.config.causal or self.config.positions != "in_sequence":
             raise ValueError("config: expected a bidirectional TTT layer, TTTConfig.video_dit(...), got a causal one.")
         if self.gate_init == 0:
             raise ValueError("gate_init: expected a number that is not 0: nothing behind the gates would be trained.")
         if not isinstance(x, jax.Array | np.ndarray) or x.ndim != 3 or x.shape[-1] != self.config.width:
             raise ValueError(f"x: expected an array of shape [B, T, width = {self.config.width}], got {_shape(x)}.")
-        if length is not None and (length.shape != x.shape[:1] or not jnp.issubdtype(length.dtype, jnp.integer)):
-            raise ValueError(
-                f"length: expected integers of shape [B] = {x.shape[:1]}, got {length.dtype} of shape {length.shape}."
-            )
 
 
 def _shape(x):
     return getattr(x, "shape", type(x).__name__)
-
-
-def _is_real(x, length):
-    return (jnp.arange(x.shape[1], dtype=jnp.int32)[None] < length[:, None])[..., None]
 
 
 def _reversed(x: jax.Array, length: jax.Array | None) -> jax.Array:

@@ -20,7 +20,8 @@ import numpy as np
 from jax.core import Tracer
 
 from ttt_jax import devices
-from ttt_jax.dtypes import at_least_float32, clipped_length, integers
+from ttt_jax.dtypes import at_least_float32
+from ttt_jax.rows import checked_rows
 from ttt_jax.ttt import pallas, reference, scan
 from ttt_jax.ttt.call import Call, fresh_state, select_rows
 from ttt_jax.ttt.types import TTTLinearParams, TTTLosses, TTTMLPParams, TTTParams, TTTState
@@ -214,7 +215,8 @@ def _dispatch(
 ) -> Any:
     _check_inputs(params, q, k, v, lr)
     _check_static(mini_batch_size=mini_batch_size, causal=causal, remat_every=remat_every, eps=eps)
-    _check_rows(q, token_scale, length, reset, mini_batch_size)
+    _check_token_scale(token_scale, mini_batch_size)
+    length, reset = checked_rows(length, reset, *q.shape[:2])
     _check_state(params, q.shape[0], mini_batch_size, state)
     call = _prepare(params, q, k, v, lr, mini_batch_size, causal, token_scale, state, length, reset, eps, remat_every)
     names = _implementations(implementation, call)
@@ -304,8 +306,6 @@ def _prepare(params, q, k, v, lr, mini_batch_size, causal, token_scale, state, l
         state = TTTState(weights, gradient, jnp.asarray(state.count))
         if reset is not None:
             state = select_rows(jnp.asarray(reset), fresh_state(params, q.shape[0]), state)
-    if length is not None:
-        length = clipped_length(length, q.shape[1])
     q, k, v, lr, token_scale = (jnp.asarray(x, dtype) for x in (q, k, v, lr, token_scale))
     return Call(params, q, k, v, lr, token_scale, state, length, causal, eps, remat_every, given)
 
@@ -365,29 +365,20 @@ def _check_static(*, mini_batch_size, causal, remat_every, eps) -> None:
     _require(ok, "eps", "a float > 0", repr(eps))
 
 
-def _check_rows(q, token_scale, length, reset, mini_batch_size: int) -> None:
-    batch_size = q.shape[0]
-    if token_scale is not None:
-        _require_array("token_scale", token_scale)
-        hint = "It has one entry per position in the mini-batch."
-        _require(
-            token_scale.shape == (mini_batch_size,),
-            "token_scale",
-            f"shape [C] = ({mini_batch_size},)",
-            token_scale.shape,
-            hint,
-        )
-        _require(
-            token_scale.dtype in (jnp.float32, jnp.float64),
-            "token_scale",
-            "dtype float32 or float64",
-            token_scale.dtype,
-        )
-    for name, x, kind, kind_name in (("length", length, jnp.integer, "an int"), ("reset", reset, jnp.bool_, "bool")):
-        if x is not None:
-            x = integers(x)
-            _require(x.shape == (batch_size,), name, f"shape [B] = ({batch_size},)", x.shape)
-            _require(jnp.issubdtype(x.dtype, kind), name, f"{kind_name} dtype", x.dtype)
+def _check_token_scale(token_scale, mini_batch_size: int) -> None:
+    if token_scale is None:
+        return
+    _require_array("token_scale", token_scale)
+    hint = "It has one entry per position in the mini-batch."
+    _require(
+        token_scale.shape == (mini_batch_size,),
+        "token_scale",
+        f"shape [C] = ({mini_batch_size},)",
+        token_scale.shape,
+        hint,
+    )
+    wide = (jnp.float32, jnp.float64)
+    _require(token_scale.dtype in wide, "token_scale", "dtype float32 or float64", token_scale.dtype)
 
 
 def _check_state(params: TTTParams, batch_size: int, mini_batch_size: int, state) -> None:

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.dtypes import clipped_length, integers
 from ttt_jax.layers.attention import flash
 from ttt_jax.layers.attention.bidirectional import attend_bidirectional
 from ttt_jax.layers.attention.cache import AttentionCache, Sinks, init_attention_cache, push_recent, push_sinks
 from ttt_jax.layers.attention.causal import Context, attend_causal
 from ttt_jax.layers.attention.softmax import softmax_attention
 from ttt_jax.layers.rope import RotaryEmbedding
+from ttt_jax.rows import checked_rows, real_tokens, zero_where_not
 
 
 def window_attention(
@@ -132,14 +132,15 @@ def _causal(name: str, context: Context, q, k, v, rope, cache, length, reset, im
         cache = cache._replace(position=jnp.where(reset, 0, cache.position))
     if frames == 0:
         return q, cache
-    real, (q, k, v) = _zero_beyond(length, q, k, v)
+    real = real_tokens(length, frames)
+    q, k, v = (zero_where_not(real, x) for x in (q, k, v))
     sinks = push_sinks(cache, k, v, length)
     if use_flash and fresh:
         out = flash.attend_causal(context, q, k, v, rope)
     else:
         attend = flash.attend_sets if use_flash else softmax_attention
         out = attend_causal(context, q, k, v, rope, None if fresh else cache, sinks, cache.position, attend)
-    return _zero_where_unreal(real, out), push_recent(cache, k, v, length)._replace(sinks=sinks)
+    return zero_where_not(real, out), push_recent(cache, k, v, length)._replace(sinks=sinks)
 
 
 def _bidirectional(context: Context, q, k, v, rope, cache, length, reset, implementation):
@@ -150,25 +151,11 @@ def _bidirectional(context: Context, q, k, v, rope, cache, length, reset, implem
     batch, frames = q.shape[:2]
     if frames == 0:
         return q
-    real, (q, k, v) = _zero_beyond(length, q, k, v)
+    real = real_tokens(length, frames)
+    q, k, v = (zero_where_not(real, x) for x in (q, k, v))
     if length is None:
         length = jnp.full(batch, frames, jnp.int32)
-    return _zero_where_unreal(
-        real, attend_bidirectional(context.size, context.overlap, q, k, v, rope, length, use_flash)
-    )
-
-
-def _zero_beyond(length, *arrays):
-    """Which frames are real, `[B, T, 1, 1]` (None: all), and the arrays with zeros elsewhere."""
-    if length is None:
-        return None, arrays
-    frame = jnp.arange(arrays[0].shape[1], dtype=jnp.int32)
-    real = (frame[None] < length[:, None])[:, :, None, None]
-    return real, tuple(_zero_where_unreal(real, x) for x in arrays)
-
-
-def _zero_where_unreal(real, x):
-    return x if real is None else jnp.where(real, x, jnp.zeros((), x.dtype))
+    return zero_where_not(real, attend_bidirectional(context.size, context.overlap, q, k, v, rope, length, use_flash))
 
 
 def _checked(name: str, value, lowest: int) -> int:
@@ -203,12 +190,7 @@ def _check_arrays(q, k, v, length, reset):
             raise ValueError(f"{other} must be like q, {q.dtype}{list(q.shape)}, got {x.dtype}{list(x.shape)}")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q must be floating, got {q.dtype}")
-    batch, frames = q.shape[:2]
-    length, reset = (None if x is None else integers(x) for x in (length, reset))
-    for argument, x, kind in (("length", length, jnp.integer), ("reset", reset, jnp.bool_)):
-        if x is not None and (x.shape != (batch,) or not jnp.issubdtype(x.dtype, kind)):
-            raise ValueError(f"{argument} must be {kind.__name__} of shape ({batch},), got {x.dtype}{list(x.shape)}")
-    return None if length is None else clipped_length(length, frames), reset
+    return checked_rows(length, reset, *q.shape[:2])
 
 
 def _check_rope(rope, q):
