@@ -1,9 +1,12 @@
-"""Gated feed-forward layer with SiLU, as in Moshi."""
+"""Feed-forward layers: gated with SiLU, as in Moshi, and with tanh's GELU, as in Video-DiT."""
+
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.dtypes import at_least_float32
 from ttt_jax.layers.linear import linear
 
 KERNEL_INIT = nn.initializers.lecun_normal()
@@ -34,3 +37,17 @@ class GatedMLP(nn.Module):
         linear_out = self.param("linear_out", KERNEL_INIT, (self.hidden_size, width), jnp.float32)
         hidden = gated_silu(linear(self, "linear_in", x.astype(self.dtype), linear_in))
         return linear(self, "linear_out", hidden, linear_out)
+
+
+class GeluMLP(nn.Module):
+    """`layer2(gelu(layer1(x)))` with biases, tanh's GELU."""
+
+    hidden_size: int
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., width]` to `[..., width]`."""
+        options: Any = {"dtype": self.dtype, "param_dtype": at_least_float32(self.dtype)}
+        hidden = nn.gelu(nn.Dense(self.hidden_size, name="layer1", **options)(x), approximate=True)
+        return nn.Dense(x.shape[-1], name="layer2", **options)(hidden)

@@ -10,26 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.dtypes import at_least_float32
+from ttt_jax.layers.mlp import GeluMLP
 from ttt_jax.layers.norm import LayerNorm
 from ttt_jax.layers.rope import RotaryEmbedding
 from ttt_jax.layers.two_way import NormedAttention, TTTBidirectional, attend_segments
 from ttt_jax.models.infill.config import InfillConfig
 
 INIT = nn.initializers.normal(0.02)
-
-
-class MLP(nn.Module):
-    """`W2 gelu(W1 x)` with biases, tanh's GELU."""
-
-    config: InfillConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., dim]` to the same."""
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        options: Any = {"dtype": dtype, "param_dtype": at_least_float32(dtype)}
-        hidden = nn.gelu(nn.Dense(c.hidden_size, name="layer1", **options)(x), approximate=True)
-        return nn.Dense(c.dim, name="layer2", **options)(hidden)
 
 
 class Block(nn.Module):
@@ -50,7 +37,7 @@ class Block(nn.Module):
             options = {"gate_init": c.gating_alpha_init, "dtype": dtype, "name": "two_way"}
             mixed = TTTBidirectional(ttt, c.segment, c.overlap, **options)(seen, length)
         x = x + mixed
-        return x + MLP(c, name="mlp")(LayerNorm(name="norm_mlp")(x))
+        return x + GeluMLP(c.hidden_size, dtype, name="mlp")(LayerNorm(name="norm_mlp")(x))
 
 
 class Infill(nn.Module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.dtypes import at_least_float32
+from ttt_jax.layers.mlp import GeluMLP
 from ttt_jax.layers.norm import LayerNorm
 from ttt_jax.layers.rope import RotaryEmbedding
 from ttt_jax.layers.ttt import TTTLayer
@@ -97,19 +98,6 @@ class AdaptiveNorm(nn.Module):
         return out, gates
 
 
-class MLP(nn.Module):
-    """`W2 gelu(W1 x)` with biases, four times as wide inside, tanh's GELU."""
-
-    config: VideoDiTConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., model_dim]` to the same."""
-        width = self.config.model_dim
-        hidden = nn.gelu(_dense(self.config, 4 * width, "layer1")(x), approximate=True)
-        return _dense(self.config, width, "layer2")(hidden)
-
-
 class Block(nn.Module):
     """`x += gate * TTT(SA(adaLN(x))); x += gate * MLP(adaLN(x))`, TTT in two gated passes."""
 
@@ -123,7 +111,8 @@ class Block(nn.Module):
         seen, gates = AdaptiveNorm(c, name="pre_seq")(parts, time)
         parts = _add(parts, gates, self.mixed(seen))
         seen, gates = AdaptiveNorm(c, name="pre_mlp")(parts, time)
-        mlp = self.layer(MLP(c, name="mlp"), lambda mlp, parts: {name: mlp(x) for name, x in parts.items()})
+        feed_forward = GeluMLP(4 * c.model_dim, jnp.dtype(c.dtype), name="mlp")
+        mlp = self.layer(feed_forward, lambda mlp, parts: {name: mlp(x) for name, x in parts.items()})
         return self.placed(_add(parts, gates, mlp(seen)))
 
     def mixed(self, parts: Parts) -> Parts:
