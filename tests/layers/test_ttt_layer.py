@@ -171,6 +171,33 @@ def test_zero_init_outputs_zero_and_lets_wo_learn():
     } == {"wo"}
 
 
+def test_a_token_scale_of_zero_is_no_trap():
+    """What the last one is worth is learned from where it is 0: upwards, if that lowers the loss, and never down."""
+    params, _, x = make("mamba", 3 * C)
+    layer = TTTLayer(PRESETS["mamba"], dtype=jnp.float64)
+
+    @jax.jit
+    def slope(offset, sign):
+        """Of a loss by the last token scale's offset."""
+
+        def loss(offset):
+            given = params | {"token_scale_offset": params["token_scale_offset"].at[-1].set(offset)}
+            return sign * jnp.sum(jnp.sin(layer.apply({"params": given}, x)[0]))
+
+        return jax.value_and_grad(loss)(offset)
+
+    at_zero = -1 / C
+    (_, above), (value, clamped), (_, other) = (
+        slope(at_zero + 1e-9, 1.0),
+        slope(at_zero - 0.1, 1.0),
+        slope(at_zero, -1.0),
+    )
+    lifting, sinking = sorted([(above, clamped), (-above, other)])  # descent on one of the two losses lifts it
+    np.testing.assert_allclose(lifting[1], lifting[0], rtol=1e-5)
+    assert sinking[1] == 0
+    assert slope(at_zero, 1.0)[0] == value  # the value is that of max(0, x)
+
+
 def test_diagnostics_are_sown_only_on_request():
     params, _, x = make("mamba", 3 * C)
     layer = TTTLayer(PRESETS["mamba"], dtype=jnp.float64)
@@ -178,7 +205,9 @@ def test_diagnostics_are_sown_only_on_request():
     values = {name: float(value[0]) for name, value in sown["diagnostics"].items()}
     assert set(values) == {
         "step_size_saturation", "fast_weight_drift", "inner_loss_initial", "inner_loss_before", "inner_loss_after",
+        "last_token_scale",
     }  # fmt: skip
+    np.testing.assert_allclose(values["last_token_scale"], max(0, 1 / C + float(params["token_scale_offset"][-1])))
     assert values["fast_weight_drift"] > 0
     assert values["inner_loss_after"] < values["inner_loss_before"]
     params["step_size"]["bias"] += 100
@@ -199,7 +228,8 @@ def test_diagnostics_are_means_over_real_tokens(start):
         _, sown = layer.apply(
             {"params": params}, x[rows, start:num_tokens], of_rows, length=length, mutable=["diagnostics"]
         )
-        return {name: float(value[0]) for name, value in sown["diagnostics"].items() if name != "fast_weight_drift"}
+        means = sown["diagnostics"].keys() - {"fast_weight_drift", "last_token_scale"}
+        return {name: float(sown["diagnostics"][name][0]) for name in means}
 
     lengths = (1, C, 0)
     padded = diagnose(slice(None), 3 * C, jnp.asarray(lengths))

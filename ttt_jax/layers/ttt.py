@@ -44,7 +44,7 @@ class TTTConfig:
       bias: whether wq, wk, wv, wo have biases.
       normalize_qk: L2-normalise Q and K per head.
       layer_norm_target: reconstruct the normalised `V - K` instead of `V - K`.
-      learned_token_scale: `max(0, 1/(i+1) + delta_i)` instead of 1/C.
+      learned_token_scale: `max(0, 1/(i+1) + delta_i)` instead of 1/C; at 0 a gradient still lifts it (`_not_negative`).
       eps: of the inner LayerNorm.
     """
 
@@ -372,7 +372,7 @@ class TTTLayer(nn.Module):
         token_scale = None
         if c.learned_token_scale:
             steps = jnp.arange(1, c.mini_batch_size + 1, dtype=self.token_scale_offset.dtype)
-            token_scale = jnp.maximum(1 / steps + self.token_scale_offset, 0)
+            token_scale = _not_negative(1 / steps + self.token_scale_offset)
         return {
             "mini_batch_size": c.mini_batch_size,
             "causal": c.causal,
@@ -406,7 +406,8 @@ class TTTLayer(nn.Module):
     def _diagnose(self, params, tokens, options, gate, is_learned, state):
         """Sow scalars when the caller asks for the collection "diagnostics"; otherwise compute nothing.
 
-        Step sizes are means over learned tokens, losses over real ones, the drift over rows.
+        Step sizes are means over learned tokens, losses over real ones, the drift over rows. The last token scale, 1/C
+        at first, is the share of a mini-batch's gradient that stays in the weights: at 0 nothing outlives a mini-batch.
         """
         if not self.is_mutable_collection("diagnostics") or self.is_initializing():
             return
@@ -414,6 +415,8 @@ class TTTLayer(nn.Module):
         is_learned = jnp.ones((1, 1), bool) if is_learned is None else is_learned
         self.sow("diagnostics", "step_size_saturation", _mean(saturated.astype(gate.dtype), is_learned[..., None]))
         self.sow("diagnostics", "fast_weight_drift", _drift(params, state))
+        if options["token_scale"] is not None:
+            self.sow("diagnostics", "last_token_scale", options["token_scale"][-1])
         losses = ttt_loss(params, *tokens, **options)
         tokens_read = _tokens_of_mini_batches(self.config.mini_batch_size, gate, losses.before.shape[2], options)
         for name, loss in losses._asdict().items():
@@ -472,6 +475,27 @@ def _forget(state: TTTLayerState, rows) -> TTTLayerState:
     return TTTLayerState(
         state.ttt._replace(count=clear(state.ttt.count)), jax.tree.map(clear, state.conv_inputs), clear(state.position)
     )
+
+
+@jax.custom_vjp
+def _not_negative(x: jax.Array) -> jax.Array:
+    """`max(0, x)` whose gradient at and below 0 is 0 only where descent would go further down.
+
+    The plain one is a trap: a token scale that training once pushed to 0 would stay there for ever, and with the last
+    one all of the memory beyond a mini-batch.
+    """
+    return jnp.maximum(x, 0)
+
+
+def _not_negative_forward(x):
+    return jnp.maximum(x, 0), x > 0
+
+
+def _not_negative_backward(is_positive, gradient):
+    return (jnp.where(is_positive | (gradient < 0), gradient, 0),)
+
+
+_not_negative.defvjp(_not_negative_forward, _not_negative_backward)
 
 
 def _joined_heads(x: jax.Array) -> jax.Array:
