@@ -13,6 +13,9 @@ seconds to minutes after they were told, so what lies further back can only come
 - medium: 82 M, attention over 20 s; meant for one GPU and hundreds of hours of conversation. Not run yet.
 - large: 1.2 B, attention over 20 s; meant for 8 GPUs. Not run yet.
 
+`--config.model.ttt.design` puts TTT before attention or lets it learn what leaves the window. Look at the diagnostic
+`last_token_scale`: at 0 a layer keeps nothing beyond a mini-batch.
+
 Each also comes `-without-ttt`: the same number of parameters, those of the TTT layers put into the feed-forward layers.
 """
 
