@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.generate import Configs, init_conversation, load_conversation, save_conversation
+from ttt_jax.generate import saved as saved_module
 from ttt_jax.models.moshi.insertion import without_ttt
 
 
@@ -43,6 +44,22 @@ def test_it_comes_back_bit_by_bit(saved, models, conversation):
 def test_how_many_codebooks_mimi_was_told_to_use_does_not_matter(saved, models):
     configs, params = models
     load_conversation(saved, configs._replace(mimi=dataclasses.replace(configs.mimi, num_codebooks=3)), params)
+
+
+def test_fields_that_there_were_not_when_it_was_saved_have_their_defaults(models, conversation, tmp_path, monkeypatch):
+    def older(configs, params):
+        fields = current(configs, params)
+        del fields["moshi"]["ttt"]["design"], fields["moshi"]["sinks"], fields["mimi"]["published_ring"]
+        return fields
+
+    current = saved_module._model
+    with monkeypatch.context() as patch:
+        patch.setattr(saved_module, "_model", older)
+        save_conversation(tmp_path / "old", *models, conversation)
+    load_conversation(tmp_path / "old", *models)
+    configs, params = models
+    with pytest.raises(ValueError, match=r"moshi\.sinks was 0, is 1"):
+        load_conversation(tmp_path / "old", configs._replace(moshi=dataclasses.replace(configs.moshi, sinks=1)), params)
 
 
 def test_another_model_is_refused(saved, models):

@@ -10,8 +10,11 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 import tensorstore
 
+from ttt_jax.config import from_mapping
 from ttt_jax.files import new_path
 from ttt_jax.generate.conversation import Configs, Conversation, init_conversation
+from ttt_jax.models.mimi import MimiConfig
+from ttt_jax.models.moshi import MoshiConfig
 
 CONVERSATION = "conversation"
 _SAMPLE = 64  # values of each parameter by which weights are told apart
@@ -49,6 +52,12 @@ def load_conversation(directory: str | pathlib.Path, configs: Configs, params: t
     try:
         saved: Any = ocp.checkpointables_metadata(str(directory)).custom_metadata
         rows = int(saved["rows"])
+        # With the defaults of fields that there were not when it was saved.
+        moshi, mimi = (
+            from_mapping(MoshiConfig, saved["moshi"], "moshi"),
+            from_mapping(MimiConfig, saved["mimi"], "mimi"),
+        )
+        saved = {**saved, **_fields(moshi, mimi)}
     # Orbax, the JSON parser and the file system each raise their own types for a damaged file.
     except Exception as error:
         raise ValueError(f"{directory}: the saved conversation cannot be read ({error})") from error
@@ -86,8 +95,12 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _model(configs: Configs, params: tuple[Any, Any]) -> dict[str, Any]:
     mimi = dataclasses.replace(configs.mimi, num_codebooks=1)  # how many are used follows from Moshi
-    fields = {"moshi": dataclasses.asdict(configs.moshi), "mimi": dataclasses.asdict(mimi)}
-    return {**json.loads(json.dumps(fields)), "weights": fingerprint(params)}
+    return {**_fields(configs.moshi, mimi), "weights": fingerprint(params)}
+
+
+def _fields(moshi: MoshiConfig, mimi: MimiConfig) -> dict[str, Any]:
+    """As JSON gives them back."""
+    return json.loads(json.dumps({"moshi": dataclasses.asdict(moshi), "mimi": dataclasses.asdict(mimi)}))
 
 
 def fingerprint(params: Any) -> str:
