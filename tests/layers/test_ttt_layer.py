@@ -174,7 +174,7 @@ def test_zero_init_outputs_zero_and_lets_wo_learn():
 def test_a_token_scale_of_zero_is_no_trap():
     """What the last one is worth is learned from where it is 0: upwards, if that lowers the loss, and never down."""
     params, _, x = make("mamba", 3 * C)
-    layer = TTTLayer(PRESETS["mamba"], dtype=jnp.float64)
+    layer = TTTLayer(dataclasses.replace(PRESETS["mamba"], liftable_token_scale=True), dtype=jnp.float64)
 
     @jax.jit
     def slope(offset, sign):

@@ -44,8 +44,10 @@ class TTTConfig:
       bias: whether wq, wk, wv, wo have biases.
       normalize_qk: L2-normalise Q and K per head.
       layer_norm_target: reconstruct the normalised `V - K` instead of `V - K`.
-      learned_token_scale: `max(0, 1/(i+1) + delta_i)` instead of 1/C; at 0 a gradient still lifts it (`_not_negative`).
+      learned_token_scale: `max(0, 1/(i+1) + delta_i)` instead of 1/C.
       eps: of the inner LayerNorm.
+      liftable_token_scale: whether a gradient lifts a token scale that is 0. As published none does: what training once
+        pushed to 0 stays there, and with the last one the layer keeps nothing beyond a mini-batch.
     """
 
     kind: Kind
@@ -63,6 +65,7 @@ class TTTConfig:
     layer_norm_target: bool
     learned_token_scale: bool
     eps: float
+    liftable_token_scale: bool = False
 
     def __post_init__(self):
         if self.kind not in PUBLISHED_BASE_LR:
@@ -102,6 +105,7 @@ class TTTConfig:
         base_lr: float | None = None,
         rope_theta: float = 1e4,
         conv_width: int = 4,
+        liftable_token_scale: bool = False,
     ) -> "TTTConfig":
         """The layer of TTT-LM; base_lr None is the published 1.0 (linear) or 0.1 (mlp)."""
         if backbone not in ("mamba", "base"):
@@ -122,6 +126,7 @@ class TTTConfig:
             layer_norm_target=False,
             learned_token_scale=True,
             eps=1e-6,
+            liftable_token_scale=liftable_token_scale,
         )
 
     @classmethod
@@ -372,7 +377,8 @@ class TTTLayer(nn.Module):
         token_scale = None
         if c.learned_token_scale:
             steps = jnp.arange(1, c.mini_batch_size + 1, dtype=self.token_scale_offset.dtype)
-            token_scale = _not_negative(1 / steps + self.token_scale_offset)
+            at_zero = _not_negative if c.liftable_token_scale else jax.nn.relu
+            token_scale = at_zero(1 / steps + self.token_scale_offset)
         return {
             "mini_batch_size": c.mini_batch_size,
             "causal": c.causal,
@@ -479,11 +485,7 @@ def _forget(state: TTTLayerState, rows) -> TTTLayerState:
 
 @jax.custom_vjp
 def _not_negative(x: jax.Array) -> jax.Array:
-    """`max(0, x)` whose gradient at and below 0 is 0 only where descent would go further down.
-
-    The plain one is a trap: a token scale that training once pushed to 0 would stay there for ever, and with the last
-    one all of the memory beyond a mini-batch.
-    """
+    """`max(0, x)` whose gradient at and below 0 is 0 only where descent would go further down."""
     return jnp.maximum(x, 0)
 
 

@@ -114,6 +114,13 @@ def test_layers_may_be_any_integers():
         assert TTTInsertion(layers=layers, base_lr=np.float32(0.5)).layers == (0, 1)  # pyright: ignore
 
 
+def test_token_scales_can_be_lifted_from_zero():
+    for kind in ("linear", "mlp"):
+        inner_loop = MoshiConfig(ttt=TTTInsertion(layers=(1,), kind=kind)).ttt_config
+        assert inner_loop is not None
+        assert inner_loop.liftable_token_scale
+
+
 def test_layers_with_ttt_may_have_their_own_attention():
     config = MoshiConfig(context=7, sinks=2, ttt=TTTInsertion(layers=(1,)))
     assert config.layer_attention(0) == config.layer_attention(1) == ("window", 7, 2)

@@ -286,7 +286,8 @@ class MoshiConfig:
         if ttt is None or not ttt.layers:
             return None
         backbone = "base" if ttt.design == "kv_cache" else ttt.backbone
-        options = {"backbone": backbone, "mini_batch_size": ttt.mini_batch_size, "base_lr": ttt.base_lr}
+        options: dict[str, Any] = {"mini_batch_size": ttt.mini_batch_size, "base_lr": ttt.base_lr}
+        options |= {"backbone": backbone, "liftable_token_scale": True}
         return TTTConfig.ttt_lm(ttt.kind, self.dim, ttt.num_heads or self.num_heads, **options)
 
     @property
