@@ -377,8 +377,8 @@ class TTTLayer(nn.Module):
         token_scale = None
         if c.learned_token_scale:
             steps = jnp.arange(1, c.mini_batch_size + 1, dtype=self.token_scale_offset.dtype)
-            at_zero = _not_negative if c.liftable_token_scale else jax.nn.relu
-            token_scale = at_zero(1 / steps + self.token_scale_offset)
+            token_scale = 1 / steps + self.token_scale_offset
+            token_scale = _not_negative(token_scale) if c.liftable_token_scale else jnp.maximum(token_scale, 0)
         return {
             "mini_batch_size": c.mini_batch_size,
             "causal": c.causal,

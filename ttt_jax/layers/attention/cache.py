@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.rows import zero_where_not
+
 
 class Sinks(NamedTuple):
     """The first frames of every row since its reset; frame j lies in slot j. Keys are stored before rotation."""
@@ -118,4 +120,4 @@ def evicted(cache: AttentionCache | None, k, v, size: int, reset=None):
         jnp.concatenate([before.astype(x.dtype), x[:, : max(frames - size, 0)]], axis=1)
         for before, x in zip(old, (k, v), strict=True)
     )
-    return *(jnp.where(leaves[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in joined), leaves
+    return *(zero_where_not(leaves, x) for x in joined), leaves
