@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -20,6 +21,12 @@ SLICES = 4
 AXIS = "slice"
 
 _WARPS = 4
+
+
+def units_of(slice_index) -> Any:
+    """The hidden units of a slice, among all."""
+    start = slice_index * hopper.D
+    return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, hopper.D), hopper.D)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_kernels import hopper, inner, kept, sums
 from ttt_kernels.blocks import MLPBlocks
-from ttt_kernels.cluster import AXIS, SLICES
+from ttt_kernels.cluster import AXIS, SLICES, units_of
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
 from ttt_kernels.tiles import MiniBatches
 
@@ -44,7 +44,7 @@ _G2, _G2_STEP, _D_Z2_Q, _D_Z2 = range(4)
 
 
 class _Matrices(NamedTuple):
-    """Matrices in SMEM, bfloat16; those of hidden units begin with the slice, and mixing has (source, reader).
+    """Matrices in SMEM, bfloat16; of 256 hidden units each slice has 64; mixing has (source, reader).
 
     A product has 64 rows: where sources are its rows, those behind the first 16 may be anything.
     """
@@ -56,11 +56,11 @@ class _Matrices(NamedTuple):
     d_q: Any  # [C, 64]
     d_k: Any
     d_v: Any
-    w1: Any  # [4, 64, 64], rows are outputs
-    w2: Any
+    w1: Any  # [256, 64], rows are outputs
     d_w1: Any
+    w2: Any  # [64, 256], likewise
     d_w2: Any
-    hidden: Any  # [4, 64, 6 C]
+    hidden: Any  # [256, 6 C]
     outputs: Any  # [64, 4 C]
     mixing1: Any  # [TILE, C], then `d_attention1`
     mixing2: Any
@@ -106,7 +106,7 @@ def backward(
         lr_read_s = of_features_s.at[pl.ds(4, _STAGES)]
         zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
-        at_own = (row, head, own)
+        at_own, units, of_all = (row, head, own), units_of(own), slice(None)
         loss = inner.Loss(eps, sums.total(sums_s.at[own], interpreted=blocks.interpreted))
 
         def matrices() -> _Matrices:
@@ -119,10 +119,6 @@ def backward(
         def by(warpgroup: int, body, otherwise):
             """What one warpgroup computes; the others have something of the same shapes."""
             return lax.cond(own == warpgroup, body, otherwise)
-
-        def over_slices(pair):
-            """A sum over all hidden units."""
-            return [pair(j) for j in range(SLICES)]
 
         def tokens_of(i):
             return pl.ds(pl.multiple_of(i * C, C), C)
@@ -168,13 +164,13 @@ def backward(
         gamma, beta = (over_columns(load(ref.at[head], ROWS), C) for ref in (ln_scale_g, ln_bias_g))
 
         def write_hidden(block: int, value) -> None:
-            matrices().hidden.at[own, :, _columns(block)][...] = value.astype(bf16)
+            matrices().hidden.at[units, _columns(block)][...] = value.astype(bf16)
 
         def write_outputs(block: int, value) -> None:
             matrices().outputs.at[:, _columns(block)][...] = value.astype(bf16)
 
-        def read_hidden(j, block: int):
-            return matrices().hidden.at[j, :, _columns(block)]
+        def read_hidden(units, block: int):
+            return matrices().hidden.at[units, _columns(block)]
 
         def read_outputs(block: int):
             return matrices().outputs.at[:, _columns(block)]
@@ -182,11 +178,11 @@ def backward(
         def before_gelu(slot, b1):
             """Layer 1 of the keys."""
             s = matrices()
-            return product((D, C), (s.w1.at[own], s.k.at[tokens_of(slot)].T)) + over_columns(b1, C)
+            return product((D, C), (s.w1.at[units], s.k.at[tokens_of(slot)].T)) + over_columns(b1, C)
 
         def write_weights(w1t, w2t) -> None:
             s = matrices()
-            s.w1.at[own][...], s.w2.at[own][...] = w1t, w2t
+            s.w1.at[units][...], s.w2.at[:, units][...] = w1t, w2t
 
         def keep(ref, layer: int, value) -> None:
             kept.keep(ref.at[layer], value, interpreted=blocks.interpreted)
@@ -208,7 +204,7 @@ def backward(
         def inner_gradient(slot, b2):
             """Of layer 2, to SMEM."""
             s = matrices()
-            z2 = product((D, C), *over_slices(lambda j: (s.w2.at[j], read_hidden(j, _X)))) + over_columns(b2, C)
+            z2 = product((D, C), (s.w2, read_hidden(of_all, _X))) + over_columns(b2, C)
             target = load(s.v.at[slot].T).astype(f32) - load(s.k.at[tokens_of(slot)].T).astype(f32)
             keys = loss.gradient(z2, target, gamma, beta)
             step = keys.g * step_size(slot)
@@ -218,7 +214,7 @@ def backward(
 
         def back_through_layer2(z1):
             """The derivative of the inner loss by the hidden layer, and the gradient of layer 1."""
-            d_x = product((D, C), (matrices().w2.at[own].T, read_outputs(_G2)))
+            d_x = product((D, C), (matrices().w2.at[:, units].T, read_outputs(_G2)))
             return d_x, d_x * inner.gelu_gradient(z1)
 
         def recompute(first, i, slot, weights):
@@ -241,8 +237,8 @@ def backward(
             write_hidden(_G1, -step1)
             plgpu.commit_smem()
             s, fused = matrices(), not blocks.interpreted
-            w1t = hopper.updated(w1t, read_hidden(own, _G1), s.k.at[tokens_of(slot)], fused=fused)
-            w2t = hopper.updated(w2t, read_outputs(_G2_STEP), read_hidden(own, _X).T, fused=fused)
+            w1t = hopper.updated(w1t, read_hidden(units, _G1), s.k.at[tokens_of(slot)], fused=fused)
+            w2t = hopper.updated(w2t, read_outputs(_G2_STEP), read_hidden(units, _X).T, fused=fused)
             b1, b2 = b1 - step1.sum(axis=1), b2 - load(step2_s, ROWS)
             together()
             return w1t, b1, w2t, b2
@@ -282,7 +278,9 @@ def backward(
             write_hidden(_G1, g1)
             plgpu.commit_smem()
             s = matrices()
-            z1_q = product((D, C), (s.w1.at[own], s.q.at[slot].T), (read_hidden(own, _G1), s.mixing1.at[pl.ds(0, C)]))
+            z1_q = product(
+                (D, C), (s.w1.at[units], s.q.at[slot].T), (read_hidden(units, _G1), s.mixing1.at[pl.ds(0, C)])
+            )
             z1_q = z1_q + over_columns(b1, C)
             write_hidden(_X_Q, inner.gelu(z1_q))
             together()
@@ -291,15 +289,13 @@ def backward(
             def read():
                 s = matrices()
                 step, by_reader = steps()
-                attention = product(
-                    (TILE, C), *over_slices(lambda j: (s.hidden.at[j, :, _columns(_X, TILE)].T, read_hidden(j, _X_Q)))
-                )
+                attention = product((TILE, C), (s.hidden.at[:, _columns(_X, TILE)].T, read_hidden(of_all, _X_Q)))
                 attention = jnp.where(is_seen, attention + 1.0, 0.0)
                 s.mixing2[...] = (attention * by_reader * step).astype(bf16)
                 plgpu.commit_smem()
                 z2 = product(
                     (D, C),
-                    *over_slices(lambda j: (s.w2.at[j], read_hidden(j, _X_Q))),
+                    (s.w2, read_hidden(of_all, _X_Q)),
                     (read_outputs(_G2), s.mixing2.at[pl.ds(0, C)]),
                 )
                 d_out = load(s.d_out.at[slot].T).astype(f32)
@@ -324,18 +320,18 @@ def backward(
             s = matrices()
             d_x_q = product(
                 (D, C),
-                (s.w2.at[own].T, read_outputs(_D_Z2_Q)),
-                (read_hidden(own, _X), s.d_attention2.at[pl.ds(0, C)]),
+                (s.w2.at[:, units].T, read_outputs(_D_Z2_Q)),
+                (read_hidden(units, _X), s.d_attention2.at[pl.ds(0, C)]),
             )
             d_z1_q = d_x_q * inner.gelu_gradient(z1_q)
             write_hidden(_D_Z1_Q, d_z1_q)
             next_d_b1 = d_b1 + d_z1_q.sum(axis=1)
             plgpu.commit_smem()
-            d_step1 = product((D, C), (s.d_w1.at[own], s.k.at[at].T)) + over_columns(d_b1, C)
-            d_g1 = product((D, C), (read_hidden(own, _D_Z1_Q), s.mixing1.at[pl.ds(0, C)].T))
+            d_step1 = product((D, C), (s.d_w1.at[units], s.k.at[at].T)) + over_columns(d_b1, C)
+            d_g1 = product((D, C), (read_hidden(units, _D_Z1_Q), s.mixing1.at[pl.ds(0, C)].T))
             d_g1 = d_g1 - d_step1 * step_size(slot)
             write_hidden(_D_U, d_g1 * inner.gelu_gradient(before_gelu(slot, b1)))
-            of_slices_s.at[tokens_of(own)][...] = loss.total(load(read_hidden(own, _G1)).astype(f32) * d_step1)
+            of_slices_s.at[tokens_of(own)][...] = loss.total(load(read_hidden(units, _G1)).astype(f32) * d_step1)
             together()
 
             # Back to the queries, and through the step of layer 2 and its inner gradient.
@@ -345,7 +341,7 @@ def backward(
                 step, by_reader = steps()
                 d_mixing = product(
                     (TILE, C),
-                    *over_slices(lambda j: (s.hidden.at[j, :, _columns(_G1, TILE)].T, read_hidden(j, _D_Z1_Q))),
+                    (s.hidden.at[:, _columns(_G1, TILE)].T, read_hidden(of_all, _D_Z1_Q)),
                 )
                 d_mixing = jnp.where(is_seen, d_mixing, 0.0)
                 s.d_attention1[...] = (d_mixing * by_reader * step).astype(bf16)
@@ -356,18 +352,18 @@ def backward(
                 d_scale_s[...] = loss.total(of_reader * step)
                 d_q = product(
                     (D, C),
-                    *over_slices(lambda j: (s.w1.at[j].T, read_hidden(j, _D_Z1_Q))),
+                    (s.w1.T, read_hidden(of_all, _D_Z1_Q)),
                     (s.k.at[at].T, s.d_attention1.at[pl.ds(0, C)]),
                 )
                 s.d_q.T[...] = (load(s.d_out.at[slot].T).astype(f32) + d_q).astype(bf16)
 
             def back_through_keys():
                 s, keys = matrices(), inner.InnerGradient(*own_matrices)
-                d_step = product((D, C), *over_slices(lambda j: (s.d_w2.at[j], read_hidden(j, _X))))
+                d_step = product((D, C), (s.d_w2, read_hidden(of_all, _X)))
                 d_step = d_step + over_columns(d_b2, C)
                 d_g = product(
                     (D, C),
-                    *over_slices(lambda j: (s.w2.at[j], read_hidden(j, _D_U))),
+                    (s.w2, read_hidden(of_all, _D_U)),
                     (read_outputs(_D_Z2_Q), s.mixing2.at[pl.ds(0, C)].T),
                 )
                 of_layer1 = hopper.total(load(of_slices_s.at[pl.ds(j * C, C)], COLUMNS) for j in range(SLICES))
@@ -386,9 +382,9 @@ def backward(
             d_x = back_through_layer2(z1)[0]
             d_z1 = product(
                 (D, C),
-                (s.w2.at[own].T, read_outputs(_D_Z2)),
-                (s.d_w2.at[own].T, read_outputs(_G2_STEP)),
-                (read_hidden(own, _X_Q), s.d_attention2.at[pl.ds(0, C)].T),
+                (s.w2.at[:, units].T, read_outputs(_D_Z2)),
+                (s.d_w2.at[:, units].T, read_outputs(_G2_STEP)),
+                (read_hidden(units, _X_Q), s.d_attention2.at[pl.ds(0, C)].T),
             )
             d_z1 = d_z1 * inner.gelu_gradient(z1) + d_g1 * d_x * inner.gelu_second_derivative(z1)
             write_hidden(_D_Z1, d_z1)
@@ -399,10 +395,10 @@ def backward(
             @pl.when(own == _OF_KEYS)
             def _():
                 s = matrices()
-                of_step = product((D, C), *over_slices(lambda j: (s.d_w1.at[j].T, read_hidden(j, _G1))))
+                of_step = product((D, C), (s.d_w1.T, read_hidden(of_all, _G1)))
                 d_k = product(
                     (D, C),
-                    *over_slices(lambda j: (s.w1.at[j].T, read_hidden(j, _D_Z1))),
+                    (s.w1.T, read_hidden(of_all, _D_Z1)),
                     (s.q.at[slot].T, s.d_attention1.at[pl.ds(0, C)].T),
                 )
                 s.d_k.T[...] = (d_k - of_step * step_size(slot) - d_target).astype(bf16)
@@ -410,22 +406,22 @@ def backward(
             s = matrices()
             d_weights = d_weights_g.at[*at_own]
             d_w1 = kept_at(d_weights, 0) + product(
-                (D, D), (read_hidden(own, _D_Z1), s.k.at[at]), (read_hidden(own, _D_Z1_Q), s.q.at[slot])
+                (D, D), (read_hidden(units, _D_Z1), s.k.at[at]), (read_hidden(units, _D_Z1_Q), s.q.at[slot])
             )
             keep(d_weights, 0, d_w1)
             d_w1 = d_w1.astype(bf16)
             d_w2 = kept_at(d_weights, 1) + product(
                 (D, D),
-                (read_outputs(_D_Z2), read_hidden(own, _X).T),
-                (read_outputs(_G2), read_hidden(own, _D_U).T),
-                (read_outputs(_D_Z2_Q), read_hidden(own, _X_Q).T),
+                (read_outputs(_D_Z2), read_hidden(units, _X).T),
+                (read_outputs(_G2), read_hidden(units, _D_U).T),
+                (read_outputs(_D_Z2_Q), read_hidden(units, _X_Q).T),
             )
             keep(d_weights, 1, d_w2)
             d_w2 = d_w2.astype(bf16)
             before = weights_g.at[*at_own, jnp.maximum(i - first - 1, 0)]
             weights = kept_at(before, 0), kept_at(before, 1)
             together()
-            s.d_w1.at[own][...], s.d_w2.at[own][...] = d_w1, d_w2
+            s.d_w1.at[units][...], s.d_w2.at[:, units][...] = d_w1, d_w2
             write_weights(*weights)
 
             @pl.when(own == 0)
@@ -465,10 +461,10 @@ def backward(
             )  # fmt: skip
 
         s = matrices()
-        for layer, (end, operand) in enumerate(((d_w1t_end_g, s.d_w1), (d_w2t_end_g, s.d_w2))):
+        for layer, (end, operand) in enumerate(((d_w1t_end_g, s.d_w1.at[units]), (d_w2t_end_g, s.d_w2.at[:, units]))):
             d_w = load(end.at[at_own])
             keep(d_weights_g.at[*at_own], layer, d_w)
-            operand.at[own][...] = d_w.astype(bf16)
+            operand[...] = d_w.astype(bf16)
         d_b1, d_b2 = load(d_b1_end_g.at[at_own], ROWS), load(d_b2_end_g.at[row, head], ROWS)
         zeros = jnp.zeros_like(d_b1)
         d_b1, d_b2, d_gamma, d_beta = lax.fori_loop(
@@ -511,8 +507,9 @@ def backward(
             plgpu.Barrier(num_arrivals=SLICES),
             *(matrix(_STAGES, C, D), matrix(_STAGES * C + TILE - C, D), matrix(_STAGES, C, D), matrix(_STAGES, C, D)),
             *(matrix(C, D),) * 3,
-            *(matrix(SLICES, D, D),) * 4,
-            *(matrix(SLICES, D, 6 * C), matrix(D, 4 * C)),
+            *(matrix(SLICES * D, D),) * 2,
+            *(matrix(D, SLICES * D),) * 2,
+            *(matrix(SLICES * D, 6 * C), matrix(D, 4 * C)),
             *(matrix(TILE, C),) * 3,
         ],
         interpret=interpret,

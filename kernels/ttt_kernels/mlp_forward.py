@@ -16,19 +16,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_kernels import hopper, inner, sums
 from ttt_kernels.blocks import MLPBlocks
-from ttt_kernels.cluster import AXIS, SLICES
+from ttt_kernels.cluster import AXIS, SLICES, units_of
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
 from ttt_kernels.tiles import MiniBatches
 
 
 class _Matrices(NamedTuple):
-    """Operands in SMEM, bfloat16; those of hidden units begin with the slice."""
+    """Operands in SMEM, bfloat16; of 256 hidden units each slice has 64."""
 
     out: Any  # [TILE, 64]
-    w1: Any  # [4, 64, 64], rows are outputs
-    w2: Any
-    x: Any  # [4, 64, TILE], the hidden layer
-    g1: Any  # [4, 64, C], gradients by the outputs of layer 1, then `x_q`
+    w1: Any  # [256, 64], rows are outputs
+    w2: Any  # [64, 256], likewise
+    x: Any  # [256, TILE], the hidden layer
+    g1: Any  # [256, C], gradients by the outputs of layer 1, then `x_q`
     g2: Any  # [64, C]
     g2_step: Any  # [64, C], times minus the step size
     k_step: Any  # [64, C], keys, likewise
@@ -37,7 +37,7 @@ class _Matrices(NamedTuple):
 
     @property
     def x_q(self) -> Any:
-        """[4, 64, C], the hidden layer of readers."""
+        """[256, C], the hidden layer of readers."""
         return self.g1
 
 
@@ -80,6 +80,7 @@ def forward(
         ) = refs  # fmt: skip
         zero = hopper.hidden_zero(zero_s, known=blocks.interpreted)
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
+        units = units_of(own)
         loss = inner.Loss(eps, sums.total(sums_s.at[own], interpreted=blocks.interpreted))
 
         def matrices() -> _Matrices:
@@ -88,10 +89,6 @@ def forward(
 
         def together() -> None:
             hopper.wait_for_each_other(everyone, interpreted=blocks.interpreted)
-
-        def over_slices(pair):
-            """A sum over all hidden units."""
-            return [pair(j) for j in range(SLICES)]
 
         def for_block(body, first: int) -> None:
             """Each block of a mini-batch by a warpgroup of its own, block 0 by warpgroup `first`."""
@@ -142,20 +139,19 @@ def forward(
             w1t, b1, w2t, b2 = weights
             tokens = mini_batches.tokens(m)
             s = matrices()
-            s.w1.at[own][...], s.w2.at[own][...] = w1t.astype(bf16), w2t.astype(bf16)
+            s.w1.at[units][...], s.w2.at[:, units][...] = w1t.astype(bf16), w2t.astype(bf16)
             plgpu.commit_smem()
 
-            def hidden_layer(at, width):
-                s = matrices()
-                return product((D, width), (s.w1.at[own], k_s.at[at].T)) + over_columns(b1, width)
+            def hidden_layer(s, at, width):
+                return product((D, width), (s.w1.at[units], k_s.at[at].T)) + over_columns(b1, width)
 
-            s.x.at[own, :, tokens][...] = inner.gelu(hidden_layer(tokens, c)).astype(bf16)
+            s.x.at[units, tokens][...] = inner.gelu(hidden_layer(s, tokens, c)).astype(bf16)
             together()
 
             def learn(i):
                 s = matrices()
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                z2 = product((D, n), *over_slices(lambda j: (s.w2.at[j], s.x.at[j, :, at]))) + over_columns(b2, n)
+                z2 = product((D, n), (s.w2, s.x.at[:, at])) + over_columns(b2, n)
                 keys = load(k_s.at[at].T).astype(f32)
                 target = load(v_s.at[at].T).astype(f32) - keys
                 g2 = loss.gradient(z2, target, gamma, beta).g
@@ -183,23 +179,26 @@ def forward(
             for_block(attend, first=1)
             together()
 
+            s = matrices()
+
             def back(i, step1):
-                s = matrices()
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                g1 = product((D, n), (s.w2.at[own].T, s.g2.at[:, block])) * inner.gelu_gradient(hidden_layer(at, n))
-                s.g1.at[own, :, block][...] = g1.astype(bf16)
+                g1 = product((D, n), (s.w2.at[:, units].T, s.g2.at[:, block])) * inner.gelu_gradient(
+                    hidden_layer(s, at, n)
+                )
+                s.g1.at[units, block][...] = g1.astype(bf16)
                 return step1 + (g1 * over_rows(load(lr_update_s.at[at], COLUMNS))).sum(axis=1)
 
             step1 = mini_batches.over_blocks(back, jnp.zeros_like(b1))
             plgpu.commit_smem()
 
             s = matrices()
-            z1 = product((D, c), (s.w1.at[own], q_s.at[tokens].T), (s.g1.at[own], s.mixing1.at[tokens]))
+            z1 = product((D, c), (s.w1.at[units], q_s.at[tokens].T), (s.g1.at[units], s.mixing1.at[tokens]))
             x_q = inner.gelu(z1 + over_columns(b1, c)).astype(bf16)
-            w1t = hopper.updated(w1t, s.g1.at[own], s.k_step.T, fused=not blocks.interpreted)
+            w1t = hopper.updated(w1t, s.g1.at[units], s.k_step.T, fused=not blocks.interpreted)
             plgpu.commit_smem()  # g1 has been read
-            s.x_q.at[own][...] = x_q
-            w2t = hopper.updated(w2t, s.g2_step, s.x.at[own, :, tokens].T, fused=not blocks.interpreted)
+            s.x_q.at[units][...] = x_q
+            w2t = hopper.updated(w2t, s.g2_step, s.x.at[units, tokens].T, fused=not blocks.interpreted)
             step2 = hopper.total(load(steps2_s.at[i], ROWS) for i in range(mini_batches.num_blocks))
 
             if early:
@@ -211,12 +210,12 @@ def forward(
             def read(i):
                 s = matrices()
                 at, block = mini_batches.block(m, i), mini_batches.block(0, i)
-                attention = product((TILE, n), *over_slices(lambda j: (s.x.at[j].T, s.x_q.at[j, :, block])))
+                attention = product((TILE, n), (s.x.T, s.x_q.at[:, block]))
                 s.mixing2.at[:, block][...] = inner.mixing(attention, steps_of(i)).astype(bf16)
                 plgpu.commit_smem()
                 z2 = product(
                     (D, n),
-                    *over_slices(lambda j: (s.w2.at[j], s.x_q.at[j, :, block])),
+                    (s.w2, s.x_q.at[:, block]),
                     (s.g2, s.mixing2.at[tokens, block]),
                 )
                 normalized, _ = loss.normalize(z2 + over_columns(b2, n))
@@ -281,8 +280,8 @@ def forward(
             hopper.HIDDEN_ZERO,
             *(plgpu.Barrier(num_arrivals=arrivals) for arrivals in (3, 2, 1)),
             plgpu.Barrier(num_arrivals=SLICES),
-            *(matrix(1, TILE, D), matrix(1, SLICES, D, D), matrix(1, SLICES, D, D), matrix(1, SLICES, D, TILE)),
-            *(matrix(1, SLICES, D, c), matrix(1, D, c), matrix(1, D, c), matrix(1, D, c)),
+            *(matrix(1, TILE, D), matrix(1, SLICES * D, D), matrix(1, D, SLICES * D), matrix(1, SLICES * D, TILE)),
+            *(matrix(1, SLICES * D, c), matrix(1, D, c), matrix(1, D, c), matrix(1, D, c)),
             *(matrix(1, TILE, c), matrix(1, TILE, c)),
         ],
         compiler_params=hopper.compiler_params(auto_barriers=False),
