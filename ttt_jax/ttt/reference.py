@@ -6,6 +6,7 @@ Nothing here is hand-derived: gradients come from `jax.grad` of the inner loss.
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.rows import zero_where_not
 from ttt_jax.ttt.call import Call, commit_pending, fresh_state, vary_together
 from ttt_jax.ttt.inner import LayerNormParams, layer_norm
 from ttt_jax.ttt.types import TTTState
@@ -18,10 +19,7 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
         state = commit_pending(state, call.token_scale)
     weights, gradient = vary_together((state.weights, state.gradient), call)
     count = vary_together(state.count, (state.count, call.is_real))
-    q, k, v, lr = (
-        jnp.where(call.is_real.reshape(call.is_real.shape + (1,) * (x.ndim - 2)), x, 0)
-        for x in (call.q, call.k, call.v, call.lr)
-    )
+    q, k, v, lr = (zero_where_not(call.is_real, x) for x in (call.q, call.k, call.v, call.lr))
     read = _read_causal if call.causal else _read_mini_batches
 
     def one_row_and_head(q, k, v, lr, ln_scale, ln_bias, weights, gradient, count, real):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.remat import checkpointed_scan
+from ttt_jax.rows import zero_where_not
 from ttt_jax.ttt import inner
 from ttt_jax.ttt.call import Call, commit_pending, fresh_state, select_rows, vary_together
 from ttt_jax.ttt.types import TTTLosses, TTTState
@@ -71,7 +72,7 @@ def _slots(call: Call, layout: _Layout) -> _Slots:
     batch_size = call.q.shape[0]
 
     def slots(x):
-        return _to_slots(jnp.where(call.is_real[:, :, None, None], x, 0), layout)
+        return _to_slots(zero_where_not(call.is_real, x), layout)
 
     k = slots(call.k)
     count = jnp.zeros(batch_size, jnp.int32) if call.state is None else call.state.count
@@ -146,7 +147,7 @@ def ttt(call: Call) -> tuple[jax.Array, TTTState]:
         return jnp.zeros_like(call.q), state
     layout = _layout(call)
     (weights, gradient), out = _walk(call, _slots(call, layout), state, lambda x, out, z_k, updated: out)
-    out = jnp.where(call.is_real[:, :, None, None], _from_slots(out, layout, num_tokens), 0)
+    out = zero_where_not(call.is_real, _from_slots(out, layout, num_tokens))
     count = (state.count + call.lengths) % call.mini_batch_size if call.causal else state.count
     return out, TTTState(weights, gradient, count)
 
