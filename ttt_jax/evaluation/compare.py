@@ -226,7 +226,7 @@ def recall_figure(result: Comparison) -> Figure:
         axes[1, column].set_xlabel("gap since the latest mention [attention windows]")
     axes[0, 0].set_ylabel("accuracy (dashed: chance)")
     axes[1, 0].set_ylabel("margin over distractors [nats per answer]")
-    axes[0, 0].legend()
+    _add_legend(figure, result)
     return figure
 
 
@@ -248,8 +248,14 @@ def nll_figure(result: Comparison) -> Figure:
             each.grid(alpha=0.3)
     axes[0, 0].set_ylabel("NLL [nats per token]")
     axes[1, 0].set_ylabel(f"NLL less that of {last.group} [nats per token]")
-    axes[0, 0].legend()
+    _add_legend(figure, result)
     return figure
+
+
+def _add_legend(figure: Figure, result: Comparison) -> None:
+    """Above all axes, where it hides no run."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(result.groups))
 
 
 def _less(curve: Curve, reference: Curve) -> Curve:
