@@ -25,8 +25,7 @@ _WARPS = 4
 
 def units_of(slice_index) -> Any:
     """The hidden units of a slice, among all."""
-    start = slice_index * hopper.D
-    return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, hopper.D), hopper.D)
+    return pl.ds(pl.multiple_of(slice_index * hopper.D, hopper.D), hopper.D)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,6 @@
 A thread reads what it wrote, so there is nothing to wait for. Row by row, bfloat16 would fill half of each sector.
 """
 
-import functools
-from typing import Any
-
 import jax
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
@@ -32,14 +29,12 @@ def keep(ref, value: jax.Array, *, interpreted: bool) -> None:
         hopper.inline(_store, hopper.WGMMA, plgpu.RefType())(value, ref)
 
 
-def kept(ref, dtype: Any = None, *, interpreted: bool) -> jax.Array:
-    """What `keep` wrote last, as `dtype`: that of `ref`, or float32."""
-    dtype = ref.dtype if dtype is None else dtype
+def kept(ref, *, interpreted: bool) -> jax.Array:
+    """What `keep` wrote last."""
     if interpreted:
-        return hopper.load(ref).astype(dtype)
-    result = plgpu.ShapeDtypeStruct(ref.shape, dtype, layout=hopper.WGMMA)
-    widen = dtype != ref.dtype
-    return hopper.inline(functools.partial(_load, widen=widen), plgpu.RefType(), result=result)(ref)
+        return hopper.load(ref)
+    result = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=hopper.WGMMA)
+    return hopper.inline(_load, plgpu.RefType(), result=result)(ref)
 
 
 def _address(ref):
@@ -69,7 +64,7 @@ def _store(_, value, ref) -> None:
         )
 
 
-def _load(_, ref, *, widen: bool):
+def _load(_, ref):
     """Not a load that the compiler may leave out, keeping the value in registers instead."""
     matrix, layout = ir.MemRefType(ref.type), mgpu.WGMMA_LAYOUT
     shape = layout.registers_shape(tuple(matrix.shape))
@@ -82,10 +77,6 @@ def _load(_, ref, *, widen: bool):
             result_types=(hopper.int32(),) * _WORDS,
             has_side_effects=True,
         )
-    if widen:  # float32's upper half is bfloat16
-        halves = mgpu.c(16, hopper.int32()), mgpu.c(-(1 << 16), hopper.int32())
-        words = [half for word in words for half in (arith.shli(word, halves[0]), arith.andi(word, halves[1]))]
-        size, register = 2 * size, layout.registers_element_type(ir.F32Type.get())
     registers = np.empty(shape, object)
     for i, at in enumerate(np.ndindex(shape)):
         of_register = vector.from_elements(ir.VectorType.get((size,), hopper.int32()), words[size * i :][:size])

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_kernels import hopper, inner, kept, sums
 from ttt_kernels.blocks import MLPBlocks
-from ttt_kernels.cluster import AXIS, SLICES, units_of
+from ttt_kernels.cluster import AXIS, SLICES
 from ttt_kernels.hopper import COLUMNS, ROWS, TILE, D, load, over_columns, over_rows, product
 from ttt_kernels.mlp_backward import launch
 from ttt_kernels.tiles import MiniBatches
@@ -30,16 +30,16 @@ BLOCK = C // SLICES
 """Tokens of which one warpgroup sums over all hidden units; also those whose hidden units it has in registers at once:
 of all 64 they would take what it keeps for later."""
 
-_Z1, _SLOPE, _SLOPE_Q, _OF_Z1 = range(4)
-"""Of what a warpgroup keeps of tokens in global memory: layer 1 of the keys; GELU's gradient of the keys and of the
-readers; of the derivative by layer 1 what does not come from layer 2's output."""
+_Z1, _SLOPE_Q, _OF_Z1 = range(3)
+"""Of what a warpgroup keeps of tokens in global memory: layer 1 of the keys; GELU's gradient of the readers; of the
+derivative by layer 1 what does not come from layer 2's output."""
 
 _D_W1, _D_W2 = range(2)
 """Of the derivatives by weights."""
 
 
 class _Matrices(NamedTuple):
-    """Matrices in SMEM, bfloat16; of 256 hidden units each slice has 64; mixing has (source, reader).
+    """Matrices in SMEM, bfloat16; those of weights and hidden units begin with the slice, mixing has (source, reader).
 
     Most hold one thing after the other; the properties tell what, in this order.
     """
@@ -48,11 +48,11 @@ class _Matrices(NamedTuple):
     k: Any
     values: Any
     readers: Any
-    w2: Any  # [64, 256], rows are outputs
-    weights: Any  # [256, 64], of each slice; rows are outputs: w1, the derivatives by w2, by w1, w1 again
-    hidden: Any  # [256, C]: x, d_u, x again, d_z1
-    g1: Any  # [256, C]; at last the results, [C, 64]
-    hidden_q: Any  # [256, C]: x_q, d_z1_q
+    w2: Any  # [4, 64, 64], rows are outputs
+    weights: Any  # [4, 64, 64], rows are outputs: w1, the derivatives by w2, by w1, w1 again
+    hidden: Any  # [4, 64, C]: x, d_u, x again, d_z1
+    g1: Any  # [4, 64, C]; at last the results, [C, 64]
+    hidden_q: Any  # [4, 64, C]: x_q, d_z1_q
     mixing: Any  # [C, C]: of layer 1, then d_attention1
     mixing2: Any  # [C, C], then d_z2 [64, C]
     d_attention2: Any  # [C, C]
@@ -111,8 +111,6 @@ def backward(
         row, head, own = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index(AXIS)
         at = mini_batches.block(0, own)
 
-        units = units_of(own)
-
         def matrices() -> _Matrices:
             at = zero()
             return _Matrices(*(ref.at[at] for ref in of_matrices))
@@ -134,7 +132,7 @@ def backward(
             kept.keep(of_own(kept_g, what, i), value.astype(bf16), interpreted=blocks.interpreted)
 
         def read(what: int, i):
-            return kept.kept(of_own(kept_g, what, i), f32, interpreted=blocks.interpreted)
+            return kept.kept(of_own(kept_g, what, i), interpreted=blocks.interpreted)
 
         def keep_d_w(layer: int, value) -> None:
             kept.keep(of_own(d_weights_g, layer), value, interpreted=blocks.interpreted)
@@ -169,6 +167,10 @@ def backward(
         def together() -> None:
             hopper.wait_for_each_other(everyone, interpreted=blocks.interpreted)
 
+        def over_slices(pair):
+            """A sum over all hidden units."""
+            return [pair(j) for j in range(SLICES)]
+
         def over_warpgroups(ref):
             """The sum over tokens of what each warpgroup had of its block."""
             return hopper.total(load(ref.at[j], ROWS) for j in range(SLICES))
@@ -190,17 +192,17 @@ def backward(
 
         def before_gelu(s, b1, at):
             """Layer 1 of a block of keys."""
-            return product((D, BLOCK), (s.weights.at[units], s.k.at[at].T)) + over_columns(b1, BLOCK)
+            return product((D, BLOCK), (s.weights.at[own], s.k.at[at].T)) + over_columns(b1, BLOCK)
 
         def write_weights(w1t, w2t) -> None:
             s = matrices()
-            s.weights.at[units][...], s.w2.at[:, units][...] = w1t, w2t
+            s.weights.at[own][...], s.w2.at[own][...] = w1t, w2t
             plgpu.commit_smem()
 
         def inner_gradient(b2):
             """Of layer 2, of the own block, to SMEM."""
             s = matrices()
-            z2 = product((D, BLOCK), (s.w2, s.hidden.at[:, at]))
+            z2 = product((D, BLOCK), *over_slices(lambda j: (s.w2.at[j], s.hidden.at[j, :, at])))
             target = load(s.values.at[at].T).astype(f32) - load(s.k.at[at].T).astype(f32)
             keys = inner_loss().gradient(z2 + over_columns(b2, BLOCK), target, gamma, beta)
             s.g2.at[:, at][...] = keys.g.astype(bf16)
@@ -223,7 +225,7 @@ def backward(
             s = matrices()
 
             def hidden_layer(i, at, _):
-                s.hidden.at[units, at][...] = inner.gelu(before_gelu(s, b1, at)).astype(bf16)
+                s.hidden.at[own, :, at][...] = inner.gelu(before_gelu(s, b1, at)).astype(bf16)
 
             over_blocks(hidden_layer)
             together()
@@ -235,16 +237,16 @@ def backward(
             s = matrices()
 
             def back(_, of_block, step1):
-                g1 = product((D, BLOCK), (s.w2.at[:, units].T, s.g2.at[:, of_block]))
+                g1 = product((D, BLOCK), (s.w2.at[own].T, s.g2.at[:, of_block]))
                 g1_step = g1 * inner.gelu_gradient(before_gelu(s, b1, of_block)) * step_size(of_block)
-                s.g1.at[units, of_block][...] = (-g1_step).astype(bf16)
+                s.g1.at[own, :, of_block][...] = (-g1_step).astype(bf16)
                 return step1 + g1_step.sum(axis=1)
 
             step1 = over_blocks(back, jnp.zeros_like(b1))
             plgpu.commit_smem()
             s, fused = matrices(), not blocks.interpreted
-            w1t = hopper.updated(w1t, s.g1.at[units], s.k, fused=fused)
-            w2t = hopper.updated(w2t, s.d_z2_q, s.hidden.at[units].T, fused=fused)
+            w1t = hopper.updated(w1t, s.g1.at[own], s.k, fused=fused)
+            w2t = hopper.updated(w2t, s.d_z2_q, s.hidden.at[own].T, fused=fused)
             b1, b2 = b1 - step1, b2 - over_warpgroups(vectors().of_blocks)
             together()
             pl.when(j + 1 < count)(lambda: fetch_keys(first + j + 1))
@@ -285,8 +287,7 @@ def backward(
             def hidden_layer(i, at, _):
                 z1 = before_gelu(s, b1, at)
                 keep(_Z1, i, z1)
-                keep(_SLOPE, i, inner.gelu_gradient(z1))
-                s.hidden.at[units, at][...] = inner.gelu(z1).astype(bf16)
+                s.hidden.at[own, :, at][...] = inner.gelu(z1).astype(bf16)
 
             over_blocks(hidden_layer)
 
@@ -311,14 +312,15 @@ def backward(
             s = matrices()
 
             def back_to_layer1(i, at, _):
-                d_x = product((D, BLOCK), (s.w2.at[:, units].T, s.g2.at[:, at]))
-                s.g1.at[units, at][...] = (d_x * read(_SLOPE, i)).astype(bf16)
+                z1 = read(_Z1, i)
+                d_x = product((D, BLOCK), (s.w2.at[own].T, s.g2.at[:, at]))
+                s.g1.at[own, :, at][...] = (d_x * inner.gelu_gradient(z1.astype(f32))).astype(bf16)
 
             def readers(i, at, _):
-                z1_q = product((D, BLOCK), (s.weights.at[units], s.q.at[at].T), (s.g1.at[units], s.mixing.at[:, at]))
+                z1_q = product((D, BLOCK), (s.weights.at[own], s.q.at[at].T), (s.g1.at[own], s.mixing.at[:, at]))
                 z1_q = z1_q + over_columns(b1, BLOCK)
                 keep(_SLOPE_Q, i, inner.gelu_gradient(z1_q))
-                s.hidden_q.at[units, at][...] = inner.gelu(z1_q).astype(bf16)
+                s.hidden_q.at[own, :, at][...] = inner.gelu(z1_q).astype(bf16)
 
             over_blocks(back_to_layer1)
             plgpu.commit_smem()
@@ -326,12 +328,12 @@ def backward(
             s = matrices()
             over_blocks(readers)
             all_have_read()
-            matrices().weights.at[units][...] = d_w2
+            matrices().weights.at[own][...] = d_w2
             together()
 
             # By tokens: back through layer 2 of the readers, and through its step for the keys.
             s = matrices()
-            attention2 = product((C, BLOCK), (s.hidden.T, s.hidden_q.at[:, at]))
+            attention2 = product((C, BLOCK), *over_slices(lambda j: (s.hidden.at[j].T, s.hidden_q.at[j, :, at])))
             attention2 = jnp.where(is_seen(), attention2 + 1.0, 0.0)
             step, by_reader = steps()
             s.mixing2.at[:, at][...] = (attention2 * by_reader * step).astype(bf16)
@@ -339,7 +341,7 @@ def backward(
             s = matrices()
             z2 = product(
                 (D, BLOCK),
-                (s.w2, s.hidden_q.at[:, at]),
+                *over_slices(lambda j: (s.w2.at[j], s.hidden_q.at[j, :, at])),
                 (s.g2, s.mixing2.at[:, at]),
             )
             d_out = load(s.readers.at[at].T)
@@ -355,9 +357,7 @@ def backward(
             d_mixing2 = jnp.where(is_seen(), product((C, BLOCK), (s.g2.T, s.d_z2_q.at[:, at])), 0.0)
             s.d_attention2.at[:, at][...] = (d_mixing2 * by_reader * step).astype(bf16)
             of_reader = d_mixing2 * attention2
-            d_step2 = product(
-                (D, BLOCK), *((s.weights.at[units_of(j)], s.hidden.at[units_of(j), at]) for j in range(SLICES))
-            )
+            d_step2 = product((D, BLOCK), *over_slices(lambda j: (s.weights.at[j], s.hidden.at[j, :, at])))
             d_step2 = d_step2 + over_columns(d_b2, BLOCK)
             d_lr = inner_loss().total(gradient() * d_step2)
             together()
@@ -370,14 +370,14 @@ def backward(
             s = matrices()
 
             def back_through_attention2(i, at, _):
-                slope = read(_SLOPE, i)
-                of_x = product((D, BLOCK), (s.hidden_q.at[units], s.d_attention2.at[at].T))
-                of_x = of_x - product((D, BLOCK), (s.weights.at[units].T, s.g2.at[:, at])) * step_size(at)
-                keep(_OF_Z1, i, of_x * slope)
+                z1 = read(_Z1, i)
+                of_x = product((D, BLOCK), (s.hidden_q.at[own], s.d_attention2.at[at].T))
+                of_x = of_x - product((D, BLOCK), (s.weights.at[own].T, s.g2.at[:, at])) * step_size(at)
+                keep(_OF_Z1, i, of_x * inner.gelu_gradient(z1.astype(f32)))
 
             over_blocks(back_through_attention2)
             s = matrices()
-            of_w2 = product((D, D), (s.d_z2_q, s.hidden_q.at[units].T))
+            of_w2 = product((D, D), (s.d_z2_q, s.hidden_q.at[own].T))
             kept.keep(of_own(of_w2_g), of_w2.astype(bf16), interpreted=blocks.interpreted)
             all_have_read()
 
@@ -386,31 +386,30 @@ def backward(
             def back_to_readers(i, at, of_b1):
                 slope = read(_SLOPE_Q, i)
                 d_x_q = product(
-                    (D, BLOCK),
-                    (s.w2.at[:, units].T, s.d_z2_q.at[:, at]),
-                    (s.hidden.at[units], s.d_attention2.at[:, at]),
+                    (D, BLOCK), (s.w2.at[own].T, s.d_z2_q.at[:, at]), (s.hidden.at[own], s.d_attention2.at[:, at])
                 )
-                d_z1_q = d_x_q * slope
-                s.hidden_q.at[units, at][...] = d_z1_q.astype(bf16)
+                d_z1_q = d_x_q * slope.astype(f32)
+                s.hidden_q.at[own, :, at][...] = d_z1_q.astype(bf16)
                 return of_b1 + d_z1_q.sum(axis=1)
 
             d_w1 = read_d_w(_D_W1).astype(bf16)
             next_d_b1 = over_blocks(back_to_readers, d_b1)
             all_have_read()
-            matrices().weights.at[units][...] = d_w1
+            matrices().weights.at[own][...] = d_w1
             plgpu.commit_smem()
 
             s = matrices()
 
             def back_through_step1(i, at, _):
                 z1, of_z1 = read(_Z1, i), read(_OF_Z1, i)
-                d_step1 = product((D, BLOCK), (s.weights.at[units], s.k.at[at].T)) + over_columns(d_b1, BLOCK)
-                g1 = load(s.g1.at[units, at]).astype(f32)
+                d_step1 = product((D, BLOCK), (s.weights.at[own], s.k.at[at].T)) + over_columns(d_b1, BLOCK)
+                g1 = load(s.g1.at[own, :, at]).astype(f32)
                 vectors().of_layer1.at[own, at][...] = inner_loss().total(g1 * d_step1)
-                d_g1 = product((D, BLOCK), (s.hidden_q.at[units], s.mixing.at[at].T)) - d_step1 * step_size(at)
-                s.hidden.at[units, at][...] = (d_g1 * inner.gelu_gradient(z1)).astype(bf16)
-                d_x = product((D, BLOCK), (s.w2.at[:, units].T, s.g2.at[:, at]))
-                keep(_OF_Z1, i, of_z1 + d_g1 * d_x * inner.gelu_second_derivative(z1))
+                d_g1 = product((D, BLOCK), (s.hidden_q.at[own], s.mixing.at[at].T)) - d_step1 * step_size(at)
+                z1 = z1.astype(f32)
+                s.hidden.at[own, :, at][...] = (d_g1 * inner.gelu_gradient(z1)).astype(bf16)
+                d_x = product((D, BLOCK), (s.w2.at[own].T, s.g2.at[:, at]))
+                keep(_OF_Z1, i, of_z1.astype(f32) + d_g1 * d_x * inner.gelu_second_derivative(z1))
 
             over_blocks(back_through_step1)
             d_b1 = next_d_b1
@@ -418,7 +417,7 @@ def backward(
 
             # By tokens: back through layer 1's attention, and through layer 2's inner gradient.
             s = matrices()
-            d_mixing1 = product((C, BLOCK), (s.g1.T, s.hidden_q.at[:, at]))
+            d_mixing1 = product((C, BLOCK), *over_slices(lambda j: (s.g1.at[j].T, s.hidden_q.at[j, :, at])))
             d_mixing1 = jnp.where(is_seen(), d_mixing1, 0.0)
             step, by_reader = steps()
             s.mixing.at[:, at][...] = (d_mixing1 * by_reader * step).astype(bf16)
@@ -426,8 +425,8 @@ def backward(
             vectors().of_readers.at[own][...] = (of_reader * by_reader).sum(axis=1)
             vectors().d_scale.at[at][...] = inner_loss().total(of_reader * step)
             s = matrices()
-            d_g2 = d_g2 + product((D, BLOCK), (s.w2, s.hidden.at[:, at]))
-            of_step1 = product((D, BLOCK), (s.weights.T, s.g1.at[:, at]))
+            d_g2 = d_g2 + product((D, BLOCK), *over_slices(lambda j: (s.w2.at[j], s.hidden.at[j, :, at])))
+            of_step1 = product((D, BLOCK), *over_slices(lambda j: (s.weights.at[j].T, s.g1.at[j, :, at])))
             of_layer1 = hopper.total(load(vectors().of_layer1.at[j, at], COLUMNS) for j in range(SLICES))
             vectors().d_lr_update.at[at][...] = -(of_layer1 + d_lr)
             d = inner_loss().back_through_gradient(d_g2, keys._replace(g=gradient()), gamma)
@@ -442,51 +441,51 @@ def backward(
             s = matrices()
             d_b2 = d_b2 + over_warpgroups(vectors().of_blocks)
             fused = not blocks.interpreted
-            of_w2 = kept.kept(of_own(of_w2_g), f32, interpreted=blocks.interpreted)
-            d_w2 = hopper.updated(read_d_w(_D_W2) + of_w2, s.g2, s.hidden.at[units].T, fused=fused)
+            of_w2 = kept.kept(of_own(of_w2_g), interpreted=blocks.interpreted).astype(f32)
+            d_w2 = hopper.updated(read_d_w(_D_W2) + of_w2, s.g2, s.hidden.at[own].T, fused=fused)
             plgpu.commit_smem()
 
             def hidden_layer_again(i, at, _):
-                matrices().hidden.at[units, at][...] = inner.gelu(read(_Z1, i)).astype(bf16)
+                matrices().hidden.at[own, :, at][...] = inner.gelu(read(_Z1, i).astype(f32)).astype(bf16)
 
             over_blocks(hidden_layer_again)
             plgpu.commit_smem()
             s = matrices()
-            keep_d_w(_D_W2, hopper.updated(d_w2, s.d_z2, s.hidden.at[units].T, fused=fused))
+            keep_d_w(_D_W2, hopper.updated(d_w2, s.d_z2, s.hidden.at[own].T, fused=fused))
             plgpu.commit_smem()
 
             s = matrices()
 
             def back_to_keys(i, at, of_b1):
-                slope, of_z1 = read(_SLOPE, i), read(_OF_Z1, i)
-                d_x = product((D, BLOCK), (s.w2.at[:, units].T, s.d_z2.at[:, at]))
-                d_z1 = d_x * slope + of_z1
-                s.hidden.at[units, at][...] = d_z1.astype(bf16)
+                z1, of_z1 = read(_Z1, i), read(_OF_Z1, i)
+                d_x = product((D, BLOCK), (s.w2.at[own].T, s.d_z2.at[:, at]))
+                d_z1 = d_x * inner.gelu_gradient(z1.astype(f32)) + of_z1.astype(f32)
+                s.hidden.at[own, :, at][...] = d_z1.astype(bf16)
                 return of_b1 + d_z1.sum(axis=1)
 
             d_b1 = over_blocks(back_to_keys, d_b1)
             w1t, d_w1 = weights_at(j, 0), read_d_w(_D_W1)
-            matrices().weights.at[units][...] = w1t
+            matrices().weights.at[own][...] = w1t
             plgpu.commit_smem()
             s = matrices()
-            d_w1 = hopper.updated(d_w1, s.hidden.at[units], s.k, fused=fused)
-            keep_d_w(_D_W1, hopper.updated(d_w1, s.hidden_q.at[units], s.q, fused=fused))
+            d_w1 = hopper.updated(d_w1, s.hidden.at[own], s.k, fused=fused)
+            keep_d_w(_D_W1, hopper.updated(d_w1, s.hidden_q.at[own], s.q, fused=fused))
             together()
 
             # By tokens: back to the queries and the keys.
             pl.when(j > 0)(lambda: fetch_others(first + j - 1))
             s = matrices()
-            d_q_s, d_k_s, d_v_s = (s.g1.at[pl.ds(i * C, C)] for i in range(3))
+            d_q_s, d_k_s, d_v_s = (s.g1.at[result] for result in range(3))
             before = [weights_at(jnp.maximum(j - 1, 0), layer) for layer in range(2)]
             d_q = product(
                 (D, BLOCK),
-                (s.weights.T, s.hidden_q.at[:, at]),
+                *over_slices(lambda j: (s.weights.at[j].T, s.hidden_q.at[j, :, at])),
                 (s.k.T, s.mixing.at[:, at]),
             )
             d_q_s.at[at].T[...] = (d_out.astype(f32) + d_q).astype(bf16)
             d_k = product(
                 (D, BLOCK),
-                (s.weights.T, s.hidden.at[:, at]),
+                *over_slices(lambda j: (s.weights.at[j].T, s.hidden.at[j, :, at])),
                 (s.q.T, s.mixing.at[at].T),
             )
             d_k_s.at[at].T[...] = (d_k - of_key).astype(bf16)
@@ -499,7 +498,7 @@ def backward(
             together()
 
             s = matrices()
-            s.weights.at[units][...], s.w2.at[:, units][...] = before
+            s.weights.at[own][...], s.w2.at[own][...] = before
 
             @pl.when(own == 0)
             def _():
@@ -567,7 +566,7 @@ def backward(
         arguments,
         mini_batches=per_group,
         more=[
-            jax.ShapeDtypeStruct((*rows, SLICES, 4, C // BLOCK, D, BLOCK), bf16),
+            jax.ShapeDtypeStruct((*rows, SLICES, 3, C // BLOCK, D, BLOCK), bf16),
             jax.ShapeDtypeStruct((*rows, SLICES, D, D), bf16),
             jax.ShapeDtypeStruct((*rows, SLICES, 2, D, D), f32),
         ],
@@ -578,8 +577,8 @@ def backward(
             *(plgpu.Barrier(num_arrivals=arrivals) for arrivals in (1, 3, 6)),
             plgpu.Barrier(num_arrivals=SLICES),
             *(matrix(C, D),) * 4,
-            *(matrix(D, SLICES * D), matrix(SLICES * D, D)),
-            *(matrix(SLICES * D, C),) * 3,
+            *(matrix(SLICES, D, D),) * 2,
+            *(matrix(SLICES, D, C),) * 3,
             *(matrix(C, C),) * 3,
         ],
         interpret=interpret,
