@@ -102,7 +102,8 @@ def conversation_step(
         configs: of the two models.
         params: Moshi's parameter tree and Mimi's; never changed.
         conversation: from `init_conversation` or the previous step.
-        user_wav: `[B, 1, frame_samples]` floating in [-1, 1] at Mimi's sample rate.
+        user_wav: `[B, 1, frame_samples]` floating in [-1, 1] at Mimi's sample rate. JAX may read a NumPy array where it
+            lies while the step runs: fill a microphone's buffer again once the result is there, or hand over a copy.
         sampling: of the tokens; a temperature of 0 is greedy, a top_k of 0 draws from all.
         active: `[B]` bool; an inactive row is silent, returns -2 and does not move.
         reset: `[B]` bool; these rows start a new conversation with this frame.
