@@ -69,10 +69,15 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
     config.log.update({"every_steps": 20, "diagnostics_every_steps": 200})
     config.validation.update({"every_steps": 500, "num_batches": 4})
     if size.endswith(WITHOUT):
-        config.model.hidden_scale += _ttt_share(config.model)
-        with config.ignore_type():
-            config.model.ttt = None
+        remove_ttt(config)
     return config
+
+
+def remove_ttt(config: Any) -> None:
+    """Leaves a Moshi's TTT layers out and widens its feed-forward layers by as many parameters."""
+    config.model.hidden_scale += _ttt_share(config.model)
+    with config.ignore_type():
+        config.model.ttt = None
 
 
 def _ttt_share(model: Any) -> float:

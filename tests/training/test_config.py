@@ -11,7 +11,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
-from configs import audio_infill, conversations, moshi_7b_ttt
+from configs import audio_infill, conversations, moshi_7b_ttt, pairs
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import Moshi, MoshiConfig
@@ -189,20 +189,28 @@ def test_every_shipped_config_is_valid(path):
     assert "--config=configs/" + path.name in module.__doc__
 
 
-@pytest.mark.parametrize("size", ["small", "medium", "large"])
-def test_without_ttt_means_at_equal_parameters(size):
+@pytest.mark.parametrize(
+    ("module", "with_ttt", "without"),
+    [
+        *((conversations, size, size + conversations.WITHOUT) for size in conversations.SIZES),
+        (pairs, "", pairs.WITHOUT),
+    ],
+)
+def test_without_ttt_means_at_equal_parameters(module, with_ttt, without):
     def num_parameters(config) -> int:
         model = with_vocabulary(config.model.to_dict(), INFO)
         codes = jax.ShapeDtypeStruct((1, model.num_streams, 4), jnp.int32)
         shapes = jax.eval_shape(Moshi(model).init, jax.random.key(0), codes)
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
-    with_ttt, without = conversations.get_config(size), conversations.get_config(size + conversations.WITHOUT)
+    with_ttt, without = module.get_config(with_ttt), module.get_config(without)
     assert with_ttt.model.ttt
     assert without.model.ttt is None
     assert with_ttt.data == without.data
     assert with_ttt.optimizer == without.optimizer
     assert abs(num_parameters(without) / num_parameters(with_ttt) - 1) < 0.01
+    with pytest.raises(ValueError, match=rf"{module.__name__.split('.')[-1]}\.py:huge: expected"):
+        module.get_config("huge")
 
 
 @pytest.mark.parametrize("variant", moshi_7b_ttt.VARIANTS)

@@ -211,12 +211,20 @@ def _by_respect(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 
 
 def recall_figure(result: Comparison) -> Figure:
-    """Accuracy and margin by gap, as text and as audio, one line a group; bars are deviations, dots are runs."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
+    """Accuracy and margin by gap, as text and as audio where there are such answers, one line a group.
+
+    Bars are deviations, dots are runs.
+    """
     edges = np.asarray(result.gap_edges_windows)
     curves = _by_respect(result.recall)
-    for column, modality in enumerate(("text", "audio")):
+    modalities = [
+        modality
+        for modality in ("text", "audio")
+        if any(math.isfinite(b.mean) for curve in curves[f"{modality} accuracy"] for b in curve.buckets)
+    ] or ["text", "audio"]
+    figure = Figure(figsize=(5 * max(2, len(modalities)), 7), layout="constrained")
+    axes = figure.subplots(2, len(modalities), sharex=True, squeeze=False)
+    for column, modality in enumerate(modalities):
         for row, measure in enumerate(MEASURES):
             _draw(axes[row, column], bucket_middles(edges), curves[f"{modality} {measure}"])
             gap_axis(axes[row, column], edges, result.reach_windows)

@@ -78,13 +78,16 @@ def _draw(axes: Axes, result: NLLByPosition, curves: list[Curve]) -> None:
 
 
 def recall_figure(result: recall.Recall) -> Figure:
-    """Accuracy and margin by gap, as text and as audio, one line a memory."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    axes[0, 1].sharey(axes[0, 0])
+    """Accuracy and margin by gap, as text and as audio where there are such answers, one line a memory."""
+    answered = [c.modality for c in result.curves if c.group == "all" and c.overall.accuracy.num_tokens]
+    modalities = list(dict.fromkeys(answered)) or ["text", "audio"]
+    figure = Figure(figsize=(5 * max(2, len(modalities)), 7), layout="constrained")
+    axes = figure.subplots(2, len(modalities), sharex=True, squeeze=False)
+    for other in axes[0, 1:]:
+        other.sharey(axes[0, 0])
     edges = np.asarray(result.gap_edges_windows)
     middles = bucket_middles(edges)
-    for column, modality in enumerate(("text", "audio")):
+    for column, modality in enumerate(modalities):
         curves = [c for c in result.curves if (c.modality, c.group) == (modality, "all")]
         for row, measure in enumerate(("accuracy", "margin")):
             for n, curve in enumerate(curves):
