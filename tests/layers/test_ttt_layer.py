@@ -160,8 +160,8 @@ def test_bfloat16_activations_keep_a_float32_state():
     assert {s.dtype for s in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
-def test_zero_init_outputs_zero_and_lets_wo_learn():
-    layer = TTTLayer(PRESETS["mamba"], zero_init=True)
+def test_an_inserted_layer_outputs_zero_and_lets_wo_learn():
+    layer = TTTLayer(PRESETS["mamba"], inserted=True)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, C, WIDTH)), jnp.float32)
     params = layer.init(jax.random.key(0), x)["params"]
     grads = jax.grad(lambda p: jnp.sum(jnp.sin(layer.apply({"params": p}, x)[0] + 1)))(params)
@@ -169,6 +169,32 @@ def test_zero_init_outputs_zero_and_lets_wo_learn():
     assert {
         name for name, g in grads.items() if np.any(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]))
     } == {"wo"}
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_a_tokens_query_finds_its_key_in_an_inserted_layer_alone(width):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 256, width)))
+
+    def projections(inserted):
+        """q, k, v [256, width] of a fresh layer."""
+        layer = TTTLayer(TTTConfig.ttt_lm("linear", width, 2), dtype=jnp.float64, inserted=inserted)
+        variables = layer.init(jax.random.key(0), x)
+        q, k, v, _ = layer.apply(variables, x, None, None, method="_projections")
+        return [np.asarray(part).reshape(256, width) for part in (q, k, v)]
+
+    def likeness(q, k):
+        """[query, key], cosines."""
+        q, k = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (q, k))
+        return q @ k.T
+
+    q, k, v = projections(inserted=True)
+    np.testing.assert_allclose([q.std(), k.std(), v.std()], 1, atol=0.15)
+    alike = likeness(q, k)
+    assert (alike.argmax(axis=1) == np.arange(256)).all()
+    assert np.diag(alike).mean() > 0.8
+    q, k, v = projections(inserted=False)
+    np.testing.assert_allclose(v.std(), 0.02 * width**0.5, rtol=0.05)
+    assert abs(np.diag(likeness(q, k)).mean()) < 0.2
 
 
 def test_a_token_scale_of_zero_is_no_trap():

@@ -123,12 +123,12 @@ def split_of(index: int) -> str:
 def make(
     output: str | pathlib.Path,
     *,
-    recordings: int = 200,
+    recordings: int = 8000,
     seed: int = 0,
-    frames: int = 4096,
-    keys: int = 32,
+    frames: int = 128,
+    keys: int = 8,
     min_gap: int = 4,
-    max_gap: int = 512,
+    max_gap: int = 64,
 ) -> None:
     """Writes the dataset; see `events` for the arguments. It appears whole or not at all.
 
@@ -184,12 +184,12 @@ def define_flags() -> dict[str, flags.FlagHolder]:
     """The program's flags, defined only where it runs as one."""
     holders = (
         flags.DEFINE_string("output", None, "Directory of the dataset.", required=True),
-        flags.DEFINE_integer("recordings", 200, "Recordings, in all splits together.", lower_bound=3),
+        flags.DEFINE_integer("recordings", 8000, "Recordings, in all splits together.", lower_bound=3),
         flags.DEFINE_integer("seed", 0, "Seed of the whole dataset.", lower_bound=0),
-        flags.DEFINE_integer("frames", 4096, "Frames of a recording.", lower_bound=1),
-        flags.DEFINE_integer("keys", 32, "Keys; as many facts wait for their questions at most.", lower_bound=1),
+        flags.DEFINE_integer("frames", 128, "Frames of a recording.", lower_bound=1),
+        flags.DEFINE_integer("keys", 8, "Keys; as many facts wait for their questions at most.", lower_bound=1),
         flags.DEFINE_integer("min_gap", 4, "Least frames from a fact to its answer.", lower_bound=1),
-        flags.DEFINE_integer("max_gap", 512, "Most frames from a fact to its answer.", lower_bound=1),
+        flags.DEFINE_integer("max_gap", 64, "Most frames from a fact to its answer.", lower_bound=1),
     )
     return {holder.name: holder for holder in holders}
 

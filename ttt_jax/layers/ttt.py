@@ -175,12 +175,16 @@ class TTTLayer(nn.Module):
     Attributes:
       config: see `TTTConfig`.
       dtype: of activations; the state and the inner loop are float32 (float64 if this is float64).
-      zero_init: start with wo = 0, so that the layer's output is zero until it has been trained.
+      inserted: how a layer begins that is put into another model. Its output is zero until it has been trained
+        (wo = 0), and its inner loop is an associative memory at once: q, k and v are as large as the input, and a
+        token's query finds what was learned from tokens like it, since both convolutions begin as little more than the
+        current token. In the published form (False) q and k of one token have nothing to do with each other, which
+        training has to mend first, and q, k and v have the input's size at width 2500 alone (weights N(0, 0.02^2)).
     """
 
     config: TTTConfig
     dtype: Any = jnp.float32
-    zero_init: bool = False
+    inserted: bool = False
 
     def setup(self):
         """Parameters, by the names of the published layers' parts."""
@@ -190,13 +194,14 @@ class TTTLayer(nn.Module):
         def dense(features=c.width, bias=c.bias, dtype=self.dtype, init=INIT):
             return nn.Dense(features, use_bias=bias, dtype=dtype, param_dtype=param_dtype, kernel_init=init)
 
-        self.wq, self.wv = dense(), dense()
+        projection: Any = nn.initializers.lecun_normal() if self.inserted else INIT
+        self.wq, self.wv = dense(init=projection), dense(init=projection)
         if c.shared_qk:
-            self.conv_q, self.conv_k = _Conv(c, param_dtype), _Conv(c, param_dtype)
+            self.conv_q, self.conv_k = (_Conv(c, param_dtype, self.inserted) for _ in range(2))
             self.wg = dense()
         else:
-            self.wk = dense()
-        self.wo = dense(init=nn.initializers.zeros if self.zero_init else INIT)
+            self.wk = dense(init=projection)
+        self.wo = dense(init=nn.initializers.zeros if self.inserted else INIT)
         self.step_size = dense(c.num_heads, bias=True, dtype=param_dtype)
         self.post_norm = nn.LayerNorm(
             epsilon=1e-6, param_dtype=param_dtype, use_fast_variance=False, force_float32_reductions=False
@@ -430,18 +435,25 @@ class TTTLayer(nn.Module):
 
 
 class _Conv(nn.Module):
-    """Kernel [conv_width, 1, width] and bias of a causal depth-wise convolution."""
+    """Kernel [conv_width, 1, width], the current token's weights last, and bias of a causal depth-wise convolution."""
 
     config: TTTConfig
     param_dtype: Any
+    begins_as_current_token: bool
 
     @nn.compact
     def __call__(self, x, past, length):
         c = self.config
         shape = (c.conv_width, 1, c.width)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
+        init: Any = _mostly_current_token if self.begins_as_current_token else nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (c.width,), self.param_dtype)
         return causal_conv(x, kernel, bias, past, length)
+
+
+def _mostly_current_token(key, shape, dtype):
+    """The identity, and a fifth of the published kernel."""
+    return (0.2 * nn.initializers.lecun_normal()(key, shape, dtype)).at[-1].add(1)
 
 
 class _InnerParams(nn.Module):

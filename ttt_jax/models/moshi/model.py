@@ -109,7 +109,7 @@ class Block(nn.Module):
         before, ttt_state = (None, None) if state is None else state
         inner_loop = c.layer_ttt(self.layer)
         design = c.ttt.design if c.ttt and inner_loop else None
-        ttt: Any = inner_loop and TTTLayer(inner_loop, dtype=dtype, zero_init=True, name="ttt")
+        ttt: Any = inner_loop and TTTLayer(inner_loop, dtype=dtype, inserted=True, name="ttt")
         branch = RMSNorm(name="norm1")(x)
         if design == "before_attention":
             learned, ttt_state = ttt(branch, ttt_state, **rows)
