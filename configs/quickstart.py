@@ -55,6 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
             "context": placeholder(int),
             "sinks": placeholder(int),
             "gate_init": 0.1,
+            "init": "associative",
         },
     }
     config.optimizer = {

@@ -160,8 +160,8 @@ def test_bfloat16_activations_keep_a_float32_state():
     assert {s.dtype for s in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
-def test_an_inserted_layer_outputs_zero_and_lets_wo_learn():
-    layer = TTTLayer(PRESETS["mamba"], inserted=True)
+def test_zero_init_outputs_zero_and_lets_wo_learn():
+    layer = TTTLayer(PRESETS["mamba"], zero_init=True)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, C, WIDTH)), jnp.float32)
     params = layer.init(jax.random.key(0), x)["params"]
     grads = jax.grad(lambda p: jnp.sum(jnp.sin(layer.apply({"params": p}, x)[0] + 1)))(params)
@@ -172,12 +172,12 @@ def test_an_inserted_layer_outputs_zero_and_lets_wo_learn():
 
 
 @pytest.mark.parametrize("width", [64, 256])
-def test_a_tokens_query_finds_its_key_in_an_inserted_layer_alone(width):
+def test_a_tokens_query_finds_its_key_from_the_start_where_that_is_asked_for(width):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 256, width)))
 
-    def projections(inserted):
+    def projections(associative_init):
         """q, k, v [256, width] of a fresh layer."""
-        layer = TTTLayer(TTTConfig.ttt_lm("linear", width, 2), dtype=jnp.float64, inserted=inserted)
+        layer = TTTLayer(TTTConfig.ttt_lm("linear", width, 2), dtype=jnp.float64, associative_init=associative_init)
         variables = layer.init(jax.random.key(0), x)
         q, k, v, _ = layer.apply(variables, x, None, None, method="_projections")
         return [np.asarray(part).reshape(256, width) for part in (q, k, v)]
@@ -187,12 +187,12 @@ def test_a_tokens_query_finds_its_key_in_an_inserted_layer_alone(width):
         q, k = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (q, k))
         return q @ k.T
 
-    q, k, v = projections(inserted=True)
+    q, k, v = projections(associative_init=True)
     np.testing.assert_allclose([q.std(), k.std(), v.std()], 1, atol=0.15)
     alike = likeness(q, k)
     assert (alike.argmax(axis=1) == np.arange(256)).all()
     assert np.diag(alike).mean() > 0.8
-    q, k, v = projections(inserted=False)
+    q, k, v = projections(associative_init=False)
     np.testing.assert_allclose(v.std(), 0.02 * width**0.5, rtol=0.05)
     assert abs(np.diag(likeness(q, k)).mean()) < 0.2
 

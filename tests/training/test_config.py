@@ -166,6 +166,21 @@ def test_a_workdir_from_before_there_were_objectives_is_gone_on_with(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["objective"] == "next_token"
 
 
+def test_a_workdir_from_before_ttt_layers_had_an_init_began_with_the_published_one(tmp_path):
+    claim_workdir(tmp_path, make(model={"ttt": {"layers": (1,)}}))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert (stored["model"]["ttt"].pop("init"), stored["model"]["ttt"].pop("design")) == (
+        "associative", "after_attention",
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(
+        ValueError, match=r"fields \(there -> now\):\n  model\.ttt\.init: 'published' -> 'associative'\nUse"
+    ):
+        claim_workdir(tmp_path, make(model={"ttt": {"layers": (1,)}}))
+    claim_workdir(tmp_path, make(model={"ttt": {"layers": (1,), "init": "published"}}))
+
+
 def test_a_missing_dataset_names_the_command_and_writes_nothing(tmp_path):
     workdir = tmp_path / "run"
     with pytest.raises(FileNotFoundError, match=r"python -m ttt_jax\.data\.prepare"):

@@ -175,16 +175,17 @@ class TTTLayer(nn.Module):
     Attributes:
       config: see `TTTConfig`.
       dtype: of activations; the state and the inner loop are float32 (float64 if this is float64).
-      inserted: how a layer begins that is put into another model. Its output is zero until it has been trained
-        (wo = 0), and its inner loop is an associative memory at once: q, k and v are as large as the input, and a
-        token's query finds what was learned from tokens like it, since both convolutions begin as little more than the
-        current token. In the published form (False) q and k of one token have nothing to do with each other, which
-        training has to mend first, and q, k and v have the input's size at width 2500 alone (weights N(0, 0.02^2)).
+      zero_init: start with wo = 0, so that the layer's output is zero until it has been trained.
+      associative_init: start as an associative memory: q, k and v are as large as the input, and a token's query finds
+        what was learned from tokens like it, since both convolutions begin as little more than the current token. In
+        the published form (False) q and k of one token have nothing to do with each other, which training has to mend
+        first, and q, k and v have the input's size at width 2500 alone (weights N(0, 0.02^2)).
     """
 
     config: TTTConfig
     dtype: Any = jnp.float32
-    inserted: bool = False
+    zero_init: bool = False
+    associative_init: bool = False
 
     def setup(self):
         """Parameters, by the names of the published layers' parts."""
@@ -194,14 +195,14 @@ class TTTLayer(nn.Module):
         def dense(features=c.width, bias=c.bias, dtype=self.dtype, init=INIT):
             return nn.Dense(features, use_bias=bias, dtype=dtype, param_dtype=param_dtype, kernel_init=init)
 
-        projection: Any = nn.initializers.lecun_normal() if self.inserted else INIT
+        projection: Any = nn.initializers.lecun_normal() if self.associative_init else INIT
         self.wq, self.wv = dense(init=projection), dense(init=projection)
         if c.shared_qk:
-            self.conv_q, self.conv_k = (_Conv(c, param_dtype, self.inserted) for _ in range(2))
+            self.conv_q, self.conv_k = (_Conv(c, param_dtype, self.associative_init) for _ in range(2))
             self.wg = dense()
         else:
             self.wk = dense(init=projection)
-        self.wo = dense(init=nn.initializers.zeros if self.inserted else INIT)
+        self.wo = dense(init=nn.initializers.zeros if self.zero_init else INIT)
         self.step_size = dense(c.num_heads, bias=True, dtype=param_dtype)
         self.post_norm = nn.LayerNorm(
             epsilon=1e-6, param_dtype=param_dtype, use_fast_variance=False, force_float32_reductions=False

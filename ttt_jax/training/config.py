@@ -554,7 +554,7 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
     path = workdir / "config.json"
     new = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists() and has_checkpoint(workdir):
-        old = _defaults() | read_json(path)
+        old = _with_fields_of_today(read_json(path))
         differing = [d for d in _differences(old, new) if not d.startswith(RESUMABLE)]
         if differing:
             lines = "\n  ".join(differing)
@@ -567,9 +567,13 @@ def claim_workdir(workdir: pathlib.Path, config: ExperimentConfig) -> None:
         write_atomically(path, json.dumps(new, indent=2) + "\n")
 
 
-def _defaults() -> dict[str, Any]:
-    """What a config.json without these fields, written before there were such, means."""
-    return {"objective": ExperimentConfig.objective}
+def _with_fields_of_today(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with what it means where it lacks fields, since it was written before there were such."""
+    config = {"objective": ExperimentConfig.objective, **config}
+    if config["model"].get("ttt"):
+        ttt = {"design": "after_attention", "init": "published", **config["model"]["ttt"]}
+        config["model"] = {**config["model"], "ttt": ttt}
+    return config
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -102,6 +102,7 @@ def test_validates_itself(fields, message):
         ({"layers": (0,), "mini_batch_size": 0}, r"ttt\.mini_batch_size must be an int >= 1, got 0"),
         ({"layers": (0,), "sinks": -1}, r"ttt\.sinks must be an int >= 0 \(frames\), got -1"),
         ({"layers": (0,), "gate_init": 0.0}, "gate_init must not be 0"),
+        ({"layers": (0,), "init": "zeros"}, r"ttt\.init must be one of .*, got 'zeros'"),
     ],
 )
 def test_ttt_validates_itself(fields, message):

@@ -62,6 +62,8 @@ class TTTInsertion:
         context: their attention context in frames; None takes the model's.
         sinks: first frames that they see for ever, beside the context; None takes the model's.
         gate_init: initial value of the gate, non-zero so that the output projection gets a gradient.
+        init: of the layer in front of its output projection, which is 0: "associative", a memory from the start, or
+            "published"; see `TTTLayer.associative_init`.
     """
 
     layers: tuple[int, ...]
@@ -75,6 +77,7 @@ class TTTInsertion:
     context: int | None = None
     sinks: int | None = None
     gate_init: float = 0.1
+    init: Literal["associative", "published"] = "associative"
 
     def __post_init__(self):
         try:
@@ -87,6 +90,7 @@ class TTTInsertion:
         _check_choice("ttt.design", self.design, DESIGNS)
         _check_choice("ttt.kind", self.kind, ("linear", "mlp"))
         _check_choice("ttt.backbone", self.backbone, ("mamba", "base"))
+        _check_choice("ttt.init", self.init, ("associative", "published"))
         _check_choice("ttt.attention", self.attention, ATTENTION_KINDS)
         _check_positive("ttt.mini_batch_size", self.mini_batch_size)
         for name in ("num_heads", "context"):

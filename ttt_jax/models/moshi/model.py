@@ -108,8 +108,10 @@ class Block(nn.Module):
         c, dtype, rows = self.config, jnp.dtype(self.config.dtype), {"length": length, "reset": reset}
         before, ttt_state = (None, None) if state is None else state
         inner_loop = c.layer_ttt(self.layer)
-        design = c.ttt.design if c.ttt and inner_loop else None
-        ttt: Any = inner_loop and TTTLayer(inner_loop, dtype=dtype, inserted=True, name="ttt")
+        design, init = (c.ttt.design, c.ttt.init) if c.ttt and inner_loop else (None, None)
+        ttt: Any = inner_loop and TTTLayer(
+            inner_loop, dtype, zero_init=True, associative_init=init == "associative", name="ttt"
+        )
         branch = RMSNorm(name="norm1")(x)
         if design == "before_attention":
             learned, ttt_state = ttt(branch, ttt_state, **rows)
