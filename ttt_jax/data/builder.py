@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -89,6 +90,16 @@ class VideoRecords(_Records):
 def _generate(make_example: Callable[[str], Example], item: tuple[int, str]) -> tuple[int, Example]:
     index, path = item
     return index, make_example(path)  # without shuffling the key is the record's place
+
+
+def write_records(directory: pathlib.Path, builder: type[_Records], **options: Any) -> None:
+    """Writes a dataset's files into `directory`; `options` are the builder's."""
+    own = directory / "tfds"
+    made = builder(data_dir=str(own), **options)
+    made.download_and_prepare()
+    for file in pathlib.Path(made.data_path).iterdir():
+        file.rename(directory / file.name)
+    shutil.rmtree(own)
 
 
 def load_builder(directory: pathlib.Path) -> tfds.core.DatasetBuilder:

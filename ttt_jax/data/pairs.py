@@ -16,7 +16,6 @@ import functools
 import heapq
 import json
 import pathlib
-import shutil
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,7 +135,7 @@ def make(
         FileExistsError: `output` exists.
         ValueError: a size that cannot be.
     """
-    from ttt_jax.data.builder import TokenRecordings  # imports TFDS, which takes seconds
+    from ttt_jax.data.builder import TokenRecordings, write_records  # imports TFDS, which takes seconds
     from ttt_jax.data.pipeline import quiet
 
     if not 1 <= keys <= Codec2.card:
@@ -168,13 +167,7 @@ def make(
         of_split: dict[str, list[pathlib.Path]] = {split: [] for split in ("train", "validation", "test")}
         for index in range(recordings):
             of_split[split_of(index)].append(pathlib.Path(str(index)))
-        builder = TokenRecordings(
-            records=of_split, make_example=example, num_streams=info.num_streams, data_dir=str(staging / "tfds")
-        )
-        builder.download_and_prepare()
-        for file in pathlib.Path(builder.data_path).iterdir():
-            file.rename(staging / file.name)
-        shutil.rmtree(staging / "tfds")
+        write_records(staging, TokenRecordings, records=of_split, make_example=example, num_streams=info.num_streams)
         lengths = {split: [frames] * len(paths) for split, paths in of_split.items()}
         write_atomically(staging / tokens.INFO_FILE, tokens.info_to_json(info, lengths))
     print(f"{output}: {', '.join(f'{len(paths)} {split}' for split, paths in of_split.items())} recordings")

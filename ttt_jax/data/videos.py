@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from ttt_jax.data.builder import VideoRecords, load_builder
+from ttt_jax.data.builder import VideoRecords, load_builder, write_records
 from ttt_jax.data.pipeline import quiet
 from ttt_jax.files import new_directory, write_atomically
 from ttt_jax.models.video_dit.diffusion import sample_latent
@@ -86,17 +85,14 @@ def write(
         )
     with new_directory(output) as staging:
         with quiet():
-            builder = VideoRecords(
+            write_records(
+                staging,
+                VideoRecords,
                 records={split: [pathlib.Path(name) for name in names] for split, names in records.items()},
                 make_example=make_example,
                 video_shape=info.record_shape,
                 text_shape=info.text_shape,
-                data_dir=str(staging / "tfds"),
             )
-            builder.download_and_prepare()
-            for file in pathlib.Path(builder.data_path).iterdir():
-                file.rename(staging / file.name)
-        shutil.rmtree(staging / "tfds")
         np.save(staging / EMPTY_TEXT_FILE, empty_text.astype(np.float32))
         numbers = {split: len(names) for split, names in records.items() if names}
         write_atomically(
