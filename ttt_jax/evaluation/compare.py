@@ -222,7 +222,7 @@ def recall_figure(result: Comparison) -> Figure:
         for modality in ("text", "audio")
         if any(math.isfinite(b.mean) for curve in curves[f"{modality} accuracy"] for b in curve.buckets)
     ] or ["text", "audio"]
-    figure = Figure(figsize=(5 * max(2, len(modalities)), 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, len(modalities), sharex=True, squeeze=False)
     for column, modality in enumerate(modalities):
         for row, measure in enumerate(MEASURES):

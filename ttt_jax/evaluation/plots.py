@@ -81,7 +81,7 @@ def recall_figure(result: recall.Recall) -> Figure:
     """Accuracy and margin by gap, as text and as audio where there are such answers, one line a memory."""
     answered = [c.modality for c in result.curves if c.group == "all" and c.overall.accuracy.num_tokens]
     modalities = list(dict.fromkeys(answered)) or ["text", "audio"]
-    figure = Figure(figsize=(5 * max(2, len(modalities)), 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, len(modalities), sharex=True, squeeze=False)
     for other in axes[0, 1:]:
         other.sharey(axes[0, 0])
