@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from safetensors.numpy import load_file
 import ttt_jax
 from ttt_jax.convert.program import Options, convert, plan
 from ttt_jax.convert.reverse import describe, reverse
-from ttt_jax.data.builder import TokenRecordings
+from ttt_jax.data.builder import TokenRecordings, write_records
 from ttt_jax.data.tokens import INFO_FILE, TokenInfo, info_to_json
 from ttt_jax.models.mimi import MimiConfig
 from ttt_jax.models.moshi import Moshi, MoshiConfig, TTTInsertion
@@ -84,17 +83,13 @@ def train(tmp_path):
     info = TokenInfo("codec2", 12.5, 8000, num_codebooks=8, card=32, text_card=50)
     data = tmp_path / "data"
 
-    def example(path):
+    def example(name):
         codes = np.random.default_rng(0).integers(0, 32, (60, 17)).astype(np.int32)
-        return {"id": path, "codes": codes, "metadata": "{}"}
+        return {"id": name, "codes": codes, "metadata": "{}"}
 
     def train(directory, mode, **options):
-        records = {"train": [pathlib.Path("a")]}
-        builder = TokenRecordings(
-            records=records, make_example=example, num_streams=17, data_dir=str(tmp_path / "tfds")
-        )
-        builder.download_and_prepare()
-        pathlib.Path(builder.data_path).rename(data)
+        data.mkdir()
+        write_records(data, TokenRecordings, records={"train": ["a"]}, make_example=example, num_streams=17)
         (data / INFO_FILE).write_text(info_to_json(info, {"train": [60]}))
         model = dataclasses.asdict(ttt_jax.load(directory)[0])
         for name in ("card", "text_card", "n_q", "dep_q"):  # of the dataset

@@ -6,8 +6,8 @@ import numpy as np
 from ttt_jax.data.builder import TokenRecordings, _generate, load_builder
 
 
-def example(path):
-    return {"id": path, "codes": np.full((3, 17), int(path), np.int32), "metadata": "{}"}
+def example(name):
+    return {"id": name, "codes": np.full((3, 17), int(name), np.int32), "metadata": "{}"}
 
 
 def test_records_keep_their_order_and_empty_splits_are_left_out(tmp_path):
@@ -23,7 +23,7 @@ def test_records_keep_their_order_and_empty_splits_are_left_out(tmp_path):
 
 
 def test_a_record_is_made_by_a_picklable_function():
-    """What a Beam worker gets: the function and one (index, path)."""
+    """What a Beam worker gets: the function and one (index, name)."""
     generate = pickle.loads(pickle.dumps(functools.partial(_generate, example)))
     assert generate((4, "9"))[0] == 4
 

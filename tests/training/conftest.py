@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from ttt_jax.data.builder import TokenRecordings
+from ttt_jax.data.builder import TokenRecordings, write_records
 from ttt_jax.data.tokens import INFO_FILE, TokenInfo, info_to_json
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -79,25 +79,20 @@ SPLITS = {"train": (200, 90, 15), "validation": (60,)}
 """Frames of each recording."""
 
 
-def make_example(path: str) -> dict:
+def make_example(name: str) -> dict:
     """A recording whose codes rise by small random steps, so that there is something to learn."""
-    name, num_frames = path.split("/")[-2:]
+    split, num_frames = name.split("/")
     rng = np.random.default_rng(int(num_frames))
     codes = rng.integers(0, 3, (int(num_frames), 17)).cumsum(0) % 20
-    return {"id": f"{name}-{num_frames}", "codes": codes.astype(np.int32), "metadata": "{}"}
+    return {"id": f"{split}-{num_frames}", "codes": codes.astype(np.int32), "metadata": "{}"}
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> pathlib.Path:
     """A finished dataset with the vocabulary cut down to 20."""
     directory = tmp_path_factory.mktemp("dataset")
-    records = {split: [pathlib.Path(split) / str(frames) for frames in lengths] for split, lengths in SPLITS.items()}
-    builder = TokenRecordings(
-        records=records, make_example=make_example, num_streams=17, data_dir=str(directory / "tfds")
-    )
-    builder.download_and_prepare()
-    for file in pathlib.Path(builder.data_path).iterdir():
-        file.rename(directory / file.name)
+    records = {split: [f"{split}/{frames}" for frames in lengths] for split, lengths in SPLITS.items()}
+    write_records(directory, TokenRecordings, records=records, make_example=make_example, num_streams=17)
     info = TokenInfo("codec2", 12.5, 8000, num_codebooks=8, card=20, text_card=20)
     (directory / INFO_FILE).write_text(info_to_json(info, {split: list(frames) for split, frames in SPLITS.items()}))
     return directory

@@ -14,14 +14,14 @@ Example = dict[str, Any]
 
 
 class _Records(tfds.core.GeneratorBasedBuilder):
-    """Examples of files in the order of the files."""
+    """Examples by name in the order of the names."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(
         self,
         *,
-        records: Mapping[str, Sequence[pathlib.Path]],
+        records: Mapping[str, Sequence[str]],
         make_example: Callable[[str], Example],
         features: Mapping[str, Any],
         use_beam: bool = False,
@@ -38,10 +38,10 @@ class _Records(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(paths) for split, paths in self._records.items() if paths}
+        return {split: self._generate_examples(names) for split, names in self._records.items() if names}
 
-    def _generate_examples(self, paths: Sequence[pathlib.Path]):
-        numbered = list(enumerate(map(str, paths)))
+    def _generate_examples(self, names: Sequence[str]):
+        numbered = list(enumerate(names))
         generate = functools.partial(_generate, self._make_example)
         if self._use_beam:
             beam = tfds.core.lazy_imports.apache_beam
@@ -53,8 +53,8 @@ class TokenRecordings(_Records):
     """Whole recordings as codes int32 [T, streams] (`Recording.codes` transposed), an id and JSON metadata.
 
     Args:
-        records: split -> paths of tokenized recordings, in the order they are stored; splits without any are left out.
-        make_example: picklable; path -> {id, codes, metadata}. With `use_beam` it runs as a `beam.Map`.
+        records: split -> names of recordings, in the order they are stored; splits without any are left out.
+        make_example: picklable; name -> {id, codes, metadata}. With `use_beam` it runs as a `beam.Map`.
         num_streams: text and audio streams per recording.
         use_beam: generate each split as a Beam pipeline.
         **kwargs: of `tfds.core.GeneratorBasedBuilder`.
@@ -88,8 +88,8 @@ class VideoRecords(_Records):
 
 
 def _generate(make_example: Callable[[str], Example], item: tuple[int, str]) -> tuple[int, Example]:
-    index, path = item
-    return index, make_example(path)  # without shuffling the key is the record's place
+    index, name = item
+    return index, make_example(name)  # without shuffling the key is the record's place
 
 
 def write_records(directory: pathlib.Path, builder: type[_Records], **options: Any) -> None:

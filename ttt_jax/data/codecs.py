@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ttt_jax.data.text import END_OF_PADDING_ID, TEXT_PADDING_ID
 from ttt_jax.data.tokens import TokenInfo
 
 if TYPE_CHECKING:
@@ -170,6 +171,21 @@ def get_codec(name: str, directory: str | os.PathLike | None = None, num_codeboo
     if num_codebooks not in (None, Codec2.num_codebooks):
         raise ValueError(f"num_codebooks: the codec {name} has {Codec2.num_codebooks}, got {num_codebooks}")
     return Codec2()
+
+
+def info_of(codec: Codec, text_card: int) -> TokenInfo:
+    """What a dataset says of itself that `codec` and a tokenizer of `text_card` tokens make."""
+    return TokenInfo(
+        codec=codec.name,
+        frame_rate_hz=codec.frame_rate_hz,
+        sample_rate_hz=codec.sample_rate_hz,
+        num_codebooks=codec.num_codebooks,
+        card=codec.card,
+        text_card=text_card,
+        text_padding_id=TEXT_PADDING_ID,
+        end_of_padding_id=END_OF_PADDING_ID,
+        codec_directory=codec.directory,
+    )
 
 
 def codec_of(info: TokenInfo) -> Codec:

@@ -18,6 +18,7 @@ from absl import flags
 
 from ttt_jax import programs
 from ttt_jax.data import videos
+from ttt_jax.data.splits import numbers_by_split
 
 COLOURS = {
     "red": (1.0, -0.8, -0.8),
@@ -33,8 +34,6 @@ RADIUS = 2
 """Of a shape, in pixels around its centre."""
 
 TEXT_LENGTH, TEXT_DIM = 4, 16
-HELD_OUT = 20
-"""One video of so many goes to validation, another one to test."""
 
 
 class Film(NamedTuple):
@@ -119,11 +118,6 @@ def _vector(word: str, dim: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(dim).astype(np.float32)
 
 
-def split_of(index: int) -> str:
-    """The split that a video belongs to."""
-    return {0: "validation", 1: "test"}.get(index % HELD_OUT, "train")
-
-
 def make(
     output: str | pathlib.Path,
     *,
@@ -142,7 +136,7 @@ def make(
     draw = functools.partial(film, seed, scenes=scenes, scene_frames=scene_frames, size=size)
     frames = len(draw(0).video)
     info = videos.VideoInfo(frames, 3, size, size, scenes, TEXT_LENGTH, TEXT_DIM)
-    records = {name: [str(i) for i in range(num_videos) if split_of(i) == name] for name in videos.SPLITS}
+    records = numbers_by_split(num_videos)
 
     def example(name: str) -> dict[str, Any]:
         drawn = draw(int(name))

@@ -23,15 +23,14 @@ from absl import flags
 
 from ttt_jax import programs
 from ttt_jax.data import text, tokens
-from ttt_jax.data.codecs import Codec2
+from ttt_jax.data.codecs import Codec2, info_of
+from ttt_jax.data.splits import numbers_by_split
 from ttt_jax.files import new_directory, write_atomically
 
 VALUES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 """Each is one token of the text stream."""
 QUESTION = len(VALUES)
 """In the codebook of values."""
-HELD_OUT = 20
-"""One recording of so many goes to validation, another one to test."""
 FRAMES_PER_EVENT = 2
 """A fact or a question, and the frame after it."""
 
@@ -45,31 +44,40 @@ class Event(NamedTuple):
     fact: int  # counted from 0 as they are told
 
 
-def events(rng: np.random.Generator, *, frames: int, keys: int, min_gap: int, max_gap: int) -> list[Event]:
+def events(
+    rng: np.random.Generator,
+    *,
+    frames: int,
+    keys: int,
+    min_gap: int,
+    max_gap: int,
+    frames_per_event: int = FRAMES_PER_EVENT,
+) -> list[Event]:
     """What a recording tells and asks, in order of time, the last answer in its last frame at the latest.
 
     Args:
         rng: draws keys, values and gaps.
         frames: of the recording.
         keys: that there are; a key that waits for its question is not told again, so as many facts wait at most.
-        min_gap: least frames from a fact to its answer, at least `FRAMES_PER_EVENT` + 1.
+        min_gap: least frames from a fact to its answer, at least `frames_per_event` + 1.
         max_gap: most frames, but where two questions were due at once: then one is late.
+        frames_per_event: which events begin at multiples of.
 
     Raises:
         ValueError: a size that cannot be.
     """
     for name, value, least in (
         ("keys", keys, 1),
-        ("min_gap", min_gap, FRAMES_PER_EVENT + 1),
+        ("min_gap", min_gap, frames_per_event + 1),
         ("max_gap", max_gap, min_gap),
-        ("frames", frames, FRAMES_PER_EVENT + min_gap + 1),
+        ("frames", frames, frames_per_event + min_gap + 1),
     ):
         if value < least:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
     found: list[Event] = []
     waiting: list[tuple[int, int, int]] = []  # when a question is due, its key and fact
     free, told = list(range(keys)), 0
-    for frame in range(0, frames - 1, FRAMES_PER_EVENT):
+    for frame in range(0, frames + 1 - frames_per_event, frames_per_event):
         if waiting and waiting[0][0] <= frame:
             _, key, fact = heapq.heappop(waiting)
             found.append(Event(frame, key, None, fact))
@@ -81,6 +89,12 @@ def events(rng: np.random.Generator, *, frames: int, keys: int, min_gap: int, ma
             heapq.heappush(waiting, (frame + round(gap) - 1, key, told))  # the answer comes a frame later
             told += 1
     return found
+
+
+def fact(value: str) -> dict[str, Any]:
+    """A fact as `ttt_jax.data.conversations` notes it; all other values are its distractors."""
+    others = [other for other in VALUES if other != value]
+    return {"kind": "pair", "owner": "other", "value": value, "held_out": False, "distractors": others}
 
 
 def recording(number: int, happening: list[Event], frames: int, tokenizer) -> tokens.Recording:
@@ -100,9 +114,7 @@ def recording(number: int, happening: list[Event], frames: int, tokenizer) -> to
         key_codes[event.frame] = event.key
         if event.value is not None:
             value_codes[event.frame] = event.value
-            value = VALUES[event.value]
-            others = [other for other in VALUES if other != value]
-            facts.append({"kind": "pair", "owner": "other", "value": value, "held_out": False, "distractors": others})
+            facts.append(fact(VALUES[event.value]))
             note(event, "mention", "other", event.frame)
         else:
             value_codes[event.frame] = QUESTION
@@ -112,11 +124,6 @@ def recording(number: int, happening: list[Event], frames: int, tokenizer) -> to
             note(event, "answer", "main", answer)
     codes[0] = text.text_stream(words, tokenizer, frames, rate)
     return tokens.Recording(f"pairs-{number:05d}", codes, {"facts": facts, "spoken": spoken})
-
-
-def split_of(index: int) -> str:
-    """The split that a recording belongs to."""
-    return {0: "validation", 1: "test"}.get(index % HELD_OUT, "train")
 
 
 def make(
@@ -149,14 +156,7 @@ def make(
     with new_directory(output) as staging, quiet():
         (staging / tokens.TOKENIZER_FILE).write_bytes(text.train_tokenizer(lines, vocab_size=64))
         tokenizer = text.load_tokenizer(staging / tokens.TOKENIZER_FILE)
-        info = tokens.TokenInfo(
-            codec=Codec2.name,
-            frame_rate_hz=Codec2.frame_rate_hz,
-            sample_rate_hz=Codec2.sample_rate_hz,
-            num_codebooks=Codec2.num_codebooks,
-            card=Codec2.card,
-            text_card=tokenizer.get_piece_size(),
-        )
+        info = info_of(Codec2(), tokenizer.get_piece_size())
 
         def example(name: str) -> dict[str, Any]:
             happening = events(np.random.default_rng((seed, int(name))), **sizes)
@@ -164,13 +164,11 @@ def make(
             tokens.check_codes(made.codes, info, f"recording {made.id!r}")
             return {"id": made.id, "codes": made.codes.T, "metadata": json.dumps(made.metadata)}
 
-        of_split: dict[str, list[pathlib.Path]] = {split: [] for split in ("train", "validation", "test")}
-        for index in range(recordings):
-            of_split[split_of(index)].append(pathlib.Path(str(index)))
-        write_records(staging, TokenRecordings, records=of_split, make_example=example, num_streams=info.num_streams)
-        lengths = {split: [frames] * len(paths) for split, paths in of_split.items()}
+        records = numbers_by_split(recordings)
+        write_records(staging, TokenRecordings, records=records, make_example=example, num_streams=info.num_streams)
+        lengths = {split: [frames] * len(names) for split, names in records.items()}
         write_atomically(staging / tokens.INFO_FILE, tokens.info_to_json(info, lengths))
-    print(f"{output}: {', '.join(f'{len(paths)} {split}' for split, paths in of_split.items())} recordings")
+    print(f"{output}: {', '.join(f'{len(names)} {split}' for split, names in records.items())} recordings")
 
 
 def define_flags() -> dict[str, flags.FlagHolder]:

@@ -25,7 +25,8 @@ from absl import logging
 
 from ttt_jax.data import beam, processes, text, tokens
 from ttt_jax.data.audio import BadRecordingError
-from ttt_jax.data.codecs import Codec, encode_blocks
+from ttt_jax.data.codecs import Codec, encode_blocks, info_of
+from ttt_jax.data.splits import SPLITS
 from ttt_jax.files import only_process, read_json, write_atomically
 
 BUILD_FILE = "build.json"
@@ -133,7 +134,7 @@ def build(plan: Plan, sources: Sequence[Source], assign: Callable[[list[str]], d
             reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
             raise ValueError(f"none of the {len(sources)} recordings could be used:{reasons}")
         splits = assign(list(done))
-        records = {split: [done[i] for i in done if splits[i] == split] for split in ("train", "validation", "test")}
+        records = {split: [done[i] for i in done if splits[i] == split] for split in SPLITS}
         tokenizer = _make_tokenizer(plan, records["train"], work)
         _assemble(plan, records, tokenizer, work)
         write_atomically(plan.output / RESULT_FILE, json.dumps({"inputs": inputs, "skipped": skipped}, indent=1) + "\n")
@@ -361,24 +362,14 @@ def _assemble(
 
     from ttt_jax.data.builder import TokenRecordings, load_builder
 
-    codec = plan.codec
-    info = tokens.TokenInfo(
-        codec=codec.name,
-        frame_rate_hz=codec.frame_rate_hz,
-        sample_rate_hz=codec.sample_rate_hz,
-        num_codebooks=codec.num_codebooks,
-        card=codec.card,
-        text_card=text.RESERVED_IDS if tokenizer is None else _tokenizer(str(tokenizer)).get_piece_size(),
-        text_padding_id=text.TEXT_PADDING_ID,
-        end_of_padding_id=text.END_OF_PADDING_ID,
-        codec_directory=codec.directory,
-    )
+    text_card = text.RESERVED_IDS if tokenizer is None else _tokenizer(str(tokenizer)).get_piece_size()
+    info = info_of(plan.codec, text_card)
     root = work / "tfds"
     shutil.rmtree(root, ignore_errors=True)
     with quiet():
         tfds.disable_progress_bar()
         builder = TokenRecordings(
-            records=records,
+            records={split: list(map(str, paths)) for split, paths in records.items()},
             make_example=functools.partial(
                 _example, None if tokenizer is None else str(tokenizer), info, plan.late_pieces
             ),

@@ -16,7 +16,6 @@ from ttt_jax.models.video_dit.diffusion import sample_latent
 
 INFO_FILE = "videos.json"
 EMPTY_TEXT_FILE = "empty_text.npy"
-SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,7 @@ def write(
             write_records(
                 staging,
                 VideoRecords,
-                records={split: [pathlib.Path(name) for name in names] for split, names in records.items()},
+                records=records,
                 make_example=make_example,
                 video_shape=info.record_shape,
                 text_shape=info.text_shape,
