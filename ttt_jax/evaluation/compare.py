@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ttt_jax import programs
-from ttt_jax.evaluation.plots import bucket_middles, gap_axis
+from ttt_jax.evaluation.plots import bucket_middles, recall_panels
 from ttt_jax.evaluation.report import save_figure, text_table
 from ttt_jax.evaluation.results import write_result
 from ttt_jax.files import read_json
@@ -174,7 +174,7 @@ def summary(result: Comparison) -> str:
     """Tables of every respect by bucket, and the differences beyond the window in words."""
     gaps, ends = result.gap_edges_windows, result.position_edges_s
     of_gap = [f"{a:g} to {b:g}" for a, b in itertools.pairwise(gaps)] + [f"{gaps[-1]:g} or more"]
-    of_position = [f"{a:.0f} to {b:.0f} s" for a, b in itertools.pairwise(ends)]
+    of_position = [f"{a:.1f} to {b:.1f} s" for a, b in itertools.pairwise(ends)]
     parts = [_table(what, "gap [windows]", of_gap, curves) for what, curves in _by_respect(result.recall).items()]
     parts += [_table(what, "position", of_position, curves) for what, curves in _by_respect(result.nll).items()]
     names = list(result.groups)
@@ -216,25 +216,12 @@ def recall_figure(result: Comparison) -> Figure:
     Bars are deviations, dots are runs.
     """
     edges = np.asarray(result.gap_edges_windows)
-    curves = _by_respect(result.recall)
-    modalities = [
-        modality
-        for modality in ("text", "audio")
-        if any(math.isfinite(b.mean) for curve in curves[f"{modality} accuracy"] for b in curve.buckets)
-    ] or ["text", "audio"]
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots(2, len(modalities), sharex=True, squeeze=False)
-    for column, modality in enumerate(modalities):
-        for row, measure in enumerate(MEASURES):
-            _draw(axes[row, column], bucket_middles(edges), curves[f"{modality} {measure}"])
-            gap_axis(axes[row, column], edges, result.reach_windows)
-        axes[0, column].axhline(result.chance, color="black", linestyle="--", linewidth=0.8)
-        axes[1, column].axhline(0, color="black", linewidth=0.8)
-        axes[0, column].set_title(f"answers as {modality}")
-        axes[1, column].set_xlabel("gap since the latest mention [attention windows]")
-    axes[0, 0].set_ylabel("accuracy (dashed: chance)")
-    axes[1, 0].set_ylabel("margin over distractors [nats per answer]")
-    _add_legend(figure, result)
+    answered = {c.what.split()[0] for c in result.recall if any(math.isfinite(b.mean) for b in c.buckets)}
+    figure, panels = recall_panels(answered, edges, result.reach_windows, result.chance)
+    for modality, axes in panels.items():
+        for panel, measure in zip(axes, MEASURES, strict=True):
+            _draw(panel, bucket_middles(edges), _by_respect(result.recall)[f"{modality} {measure}"])
+    _add_legend(figure)
     return figure
 
 
@@ -256,14 +243,14 @@ def nll_figure(result: Comparison) -> Figure:
             each.grid(alpha=0.3)
     axes[0, 0].set_ylabel("NLL [nats per token]")
     axes[1, 0].set_ylabel(f"NLL less that of {last.group} [nats per token]")
-    _add_legend(figure, result)
+    _add_legend(figure)
     return figure
 
 
-def _add_legend(figure: Figure, result: Comparison) -> None:
+def _add_legend(figure: Figure) -> None:
     """Above all axes, where it hides no run."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(result.groups))
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
 
 
 def _less(curve: Curve, reference: Curve) -> Curve:

@@ -1,7 +1,7 @@
 """Plots of a run: what people look at first."""
 
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import matplotlib
 import numpy as np
@@ -79,36 +79,55 @@ def _draw(axes: Axes, result: NLLByPosition, curves: list[Curve]) -> None:
 
 def recall_figure(result: recall.Recall) -> Figure:
     """Accuracy and margin by gap, as text and as audio where there are such answers, one line a memory."""
-    answered = [c.modality for c in result.curves if c.group == "all" and c.overall.accuracy.num_tokens]
-    modalities = list(dict.fromkeys(answered)) or ["text", "audio"]
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots(2, len(modalities), sharex=True, squeeze=False)
-    for other in axes[0, 1:]:
-        other.sharey(axes[0, 0])
+    answered = {c.modality for c in result.curves if c.group == "all" and c.overall.accuracy.num_tokens}
     edges = np.asarray(result.gap_edges_windows)
     middles = bucket_middles(edges)
-    for column, modality in enumerate(modalities):
+    figure, panels = recall_panels(answered, edges, result.reach_windows, result.chance)
+    for modality, axes in panels.items():
         curves = [c for c in result.curves if (c.modality, c.group) == (modality, "all")]
         for row, measure in enumerate(("accuracy", "margin")):
             for n, curve in enumerate(curves):
                 shift = 1.04 ** (n - len(curves) / 2)  # side by side, so that equal ones are seen
-                _error_bars(
-                    axes[row, column], middles * shift, [getattr(b, measure) for b in curve.by_gap], curve, result
-                )
-            gap_axis(axes[row, column], edges, result.reach_windows)
-        axes[0, column].axhline(result.chance, color="black", linewidth=0.8, linestyle="--", label="chance")
-        axes[1, column].axhline(0, color="black", linewidth=0.8)
-        axes[0, column].set_title(f"answers as {modality}")
+                _error_bars(axes[row], middles * shift, [getattr(b, measure) for b in curve.by_gap], curve, result)
         numbers = ["" if not b.accuracy.num_tokens else str(b.accuracy.num_tokens) for b in curves[0].by_gap]
         for x, number in zip(middles, numbers, strict=True):
-            place = axes[1, column].get_xaxis_transform()
-            axes[1, column].text(x, 0.02, number, transform=place, ha="center", fontsize="x-small", color="gray")
-        axes[1, column].set_xlabel("gap since the latest mention [attention windows]")
-    axes[0, 0].set_ylabel("accuracy among the candidates")
-    axes[0, 0].set_ylim(bottom=-0.03)
-    axes[1, 0].set_ylabel("margin over distractors [nats per answer]\n(gray: number of answers)")
-    axes[0, 0].legend(fontsize="small")
+            place = axes[1].get_xaxis_transform()
+            axes[1].text(x, 0.02, number, transform=place, ha="center", fontsize="x-small", color="gray")
+    figure.axes[0].set_ylim(bottom=-0.03)
+    figure.text(0.995, 0.005, "gray: number of answers", ha="right", fontsize="x-small", color="gray")
+    figure.axes[0].legend(fontsize="small")
     return figure
+
+
+def recall_panels(
+    answered: Collection[str], edges: np.ndarray, reach_windows: float, chance: float
+) -> tuple[Figure, dict[str, tuple[Axes, Axes]]]:
+    """Empty axes for accuracy and, below it, margin by gap.
+
+    Args:
+      answered: modalities ("text", "audio") that have answers; without any, both are shown.
+      edges: where the buckets of gaps begin, in windows.
+      reach_windows: how far back all layers' windows reach together.
+      chance: accuracy of a guess.
+
+    Returns:
+      The figure and its axes by modality.
+    """
+    modalities = [modality for modality in ("text", "audio") if modality in answered] or ["text", "audio"]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, len(modalities), sharex=True, squeeze=False)
+    for other in axes[0, 1:]:
+        other.sharey(axes[0, 0])
+    for column, modality in enumerate(modalities):
+        axes[0, column].axhline(chance, color="black", linewidth=0.8, linestyle="--", label="chance")
+        axes[1, column].axhline(0, color="black", linewidth=0.8)
+        axes[0, column].set_title(f"answers as {modality}")
+        axes[1, column].set_xlabel("gap since the latest mention [attention windows]")
+        for panel in axes[:, column]:
+            _gap_axis(panel, edges, reach_windows)
+    axes[0, 0].set_ylabel("accuracy among the candidates")
+    axes[1, 0].set_ylabel("margin over distractors [nats per answer]")
+    return figure, dict(zip(modalities, map(tuple, axes.T), strict=True))
 
 
 def bucket_middles(edges: np.ndarray) -> np.ndarray:
@@ -116,7 +135,7 @@ def bucket_middles(edges: np.ndarray) -> np.ndarray:
     return np.concatenate([[edges[1] / 2**0.5], np.sqrt(edges[1:-1] * edges[2:]), [edges[-1] * 2**0.5]])
 
 
-def gap_axis(axes: Axes, edges: np.ndarray, reach_windows: float) -> None:
+def _gap_axis(axes: Axes, edges: np.ndarray, reach_windows: float) -> None:
     """Make x a logarithmic axis of gaps in windows, with the window and the reach of all layers' windows marked."""
     axes.set_xscale("log")
     axes.set_xticks(edges[1:], [f"{edge:g}" for edge in edges[1:]])
