@@ -21,7 +21,7 @@ def marks(script):
 
 @pytest.mark.parametrize("index", [0, 1, 4, 7])
 def test_every_fact_is_stated_then_asked_for_and_answered(index):
-    script = dialogue.write(outline(index))
+    script = outline(index).script()
     facts = script.metadata["facts"]
     assert len(facts) == 10
     for number, fact in enumerate(facts):
@@ -42,7 +42,7 @@ def test_every_fact_is_stated_then_asked_for_and_answered(index):
 def test_questions_come_minutes_later():
     gaps = []
     for index in range(0, 30, 6):
-        script = dialogue.write(outline(index, minutes=40.0))
+        script = outline(index, minutes=40.0).script()
         letters = (
             np.cumsum([sum(len(w) + 1 for w in turn.words) for turn in script.turns]) * dialogue._SECONDS_PER_LETTER
         )
@@ -58,16 +58,16 @@ def test_questions_come_minutes_later():
 
 
 def test_text_depends_on_seed_and_index_alone():
-    first = dialogue.write(outline(4))
-    dialogue.write(outline(5))
-    assert dialogue.write(outline(4)) == first
-    assert dialogue.write(outline(5)).turns != first.turns
-    assert dialogue.write(outline(4, seed=4)).turns != first.turns
+    first = outline(4).script()
+    outline(5).script()
+    assert outline(4).script() == first
+    assert outline(5).script().turns != first.turns
+    assert outline(4, seed=4).script().turns != first.turns
 
 
 def test_length_is_near_the_outline():
     for minutes in (1.0, 10.0, 60.0):
-        turns = dialogue.write(outline(0, minutes=minutes)).turns
+        turns = outline(0, minutes=minutes).script().turns
         letters = sum(len(word) + 1 for turn in turns for word in turn.words)
         seconds = letters * dialogue._SECONDS_PER_LETTER + sum(turn.pause_s for turn in turns)
         assert 60 * minutes <= seconds < 60 * minutes + 60
@@ -76,7 +76,7 @@ def test_length_is_near_the_outline():
 def test_test_recordings_have_voices_and_facts_of_their_own():
     train_words, unseen = set(), set()
     for index in range(36):
-        script = dialogue.write(outline(index))
+        script = outline(index).script()
         names = {voice.name for voice in script.voices.values()}
         assert len(names) == 2
         if dialogue.split_of(index) == "test":
@@ -114,6 +114,6 @@ def test_every_slot_and_fact_list_exists():
 
 
 def test_vocabulary_is_wide():
-    words = {word for turn in dialogue.write(outline(0, minutes=600.0)).turns for word in turn.words}
+    words = {word for turn in outline(0, minutes=600.0).script().turns for word in turn.words}
     assert len({word.strip(".,?!") for word in words}) > 800
     assert dataclasses.is_dataclass(dialogue.Script)

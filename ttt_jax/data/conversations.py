@@ -24,16 +24,16 @@ from ttt_jax.data.speech import espeak
 class Conversation:
     """One synthesized recording, a `pipeline.Source`."""
 
-    def __init__(self, plan: dialogue.Outline, wav: pathlib.Path | None):
+    def __init__(self, plan: dialogue.Plan, wav: pathlib.Path | None):
         self.plan = plan
         self.wav = wav
         self.id = plan.name
-        self.version = f"{plan.minutes} {plan.facts_per_minute} {plan.questions_per_fact}"
+        self.version = plan.version
         self.cost = plan.minutes
 
     def read(self, codec: Codec) -> pipeline.Speech:
         """Synthesize it block by block."""
-        script = dialogue.write(self.plan)
+        script = self.plan.script()
         recorder = _Recorder(script, codec)
         blocks = recorder.blocks()
         if self.wav is not None:

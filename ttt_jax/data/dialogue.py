@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,6 +30,19 @@ _REPEAT_PROBABILITY = 0.3
 _SHORTEST_GAP_S = 5.0  # between a statement and its further questions
 
 
+class Plan(Protocol):
+    """A recording that can be spoken: `Outline`, or that of another module."""
+
+    name: str
+    version: str
+    split: str
+    minutes: float
+
+    def script(self) -> "Script":
+        """What is said in it."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Outline:
     """Which recording to write, how long about, for which split, and how densely facts are planted and asked for."""
@@ -45,6 +58,15 @@ class Outline:
     def name(self) -> str:
         """The recording's id."""
         return f"conversation-{self.seed}-{self.index:05d}"
+
+    @property
+    def version(self) -> str:
+        """Of what is said, beside the name."""
+        return f"{self.minutes} {self.facts_per_minute} {self.questions_per_fact}"
+
+    def script(self) -> "Script":
+        """Write the conversation."""
+        return _Writer(self).script()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +135,14 @@ def _all_held_out() -> frozenset[str]:
     return frozenset(w for fact in topics.FACTS.values() for w in held_out(fact["list"]))
 
 
-def write(outline: Outline) -> Script:
-    """Write the conversation of an outline."""
-    return _Writer(outline).script()
+def draw_voices(rng: np.random.Generator, split: str) -> dict[str, Voice]:
+    """Each speaker's voice; test recordings have voices of their own."""
+    names = TEST_VOICES if split == "test" else TRAIN_VOICES
+    chosen = rng.choice(len(names), 2, replace=False)
+    return {
+        speaker: Voice(names[i], int(rng.choice(RATES_WPM)), int(rng.choice(PITCHES)))
+        for speaker, i in zip(SPEAKERS, chosen, strict=True)
+    }
 
 
 class _Writer:
@@ -126,7 +153,7 @@ class _Writer:
         self.seconds = 0.0
 
     def script(self) -> Script:
-        voices = self._voices()
+        voices = draw_voices(self.rng, self.outline.split)
         facts = self._facts()
         pending = self._appointments(facts)
         self._exchange(topics.OPENING)
@@ -150,14 +177,6 @@ class _Writer:
             "facts": facts,
         }
         return Script(voices, tuple(self.turns), metadata)
-
-    def _voices(self) -> dict[str, Voice]:
-        names = TEST_VOICES if self.outline.split == "test" else TRAIN_VOICES
-        chosen = self.rng.choice(len(names), 2, replace=False)
-        return {
-            speaker: Voice(names[i], int(self.rng.choice(RATES_WPM)), int(self.rng.choice(PITCHES)))
-            for speaker, i in zip(SPEAKERS, chosen, strict=True)
-        }
 
     def _facts(self) -> list[dict[str, Any]]:
         """The planted facts, each of another (kind, owner); in test recordings half of them have held-out values."""
