@@ -4,7 +4,7 @@ import numpy as np
 import planted
 import pytest
 
-from ttt_jax.data import conversations
+from ttt_jax.data import conversations, quiz
 from ttt_jax.data.reader import open_dataset
 from ttt_jax.data.text import RESERVED_IDS, load_tokenizer
 from ttt_jax.data.tokens import TOKENIZER_FILE
@@ -84,9 +84,13 @@ def test_without_a_spelled_value_or_voices_there_are_no_candidates(recording, to
     assert find_answers(recording._replace(metadata={}), planted.INFO, tokenizer, synthesize=True) == []
 
 
-def test_synthesized_answers_sound_as_the_recording_does(tmp_path):
+@pytest.mark.parametrize("source", ["conversations", "quiz"])
+def test_synthesized_answers_sound_as_the_recording_does(tmp_path, source):
     """Spoken anew by the same voice at the same place in a frame, the right answer has nearly the recorded codes."""
-    conversations.make(tmp_path / "data", hours=0.03, seed=5, min_minutes=0.5, max_minutes=0.6, workers=2)
+    if source == "conversations":
+        conversations.make(tmp_path / "data", hours=0.03, seed=5, min_minutes=0.5, max_minutes=0.6, workers=2)
+    else:
+        quiz.make(tmp_path / "data", recordings=3, seed=5, seconds=10.0, max_gap_s=4.0, workers=2)
     test = open_dataset(tmp_path / "data", "test")
     tokenizer = load_tokenizer(tmp_path / "data" / TOKENIZER_FILE)
     answers = [a for r in test for a in find_answers(r, test.info, tokenizer, synthesize=True)]

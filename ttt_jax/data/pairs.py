@@ -29,6 +29,8 @@ from ttt_jax.files import new_directory, write_atomically
 
 VALUES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 """Each is one token of the text stream."""
+KIND = "pair"
+"""Of a fact."""
 QUESTION = len(VALUES)
 """In the codebook of values."""
 FRAMES_PER_EVENT = 2
@@ -94,7 +96,7 @@ def events(
 def fact(value: str) -> dict[str, Any]:
     """A fact as `ttt_jax.data.conversations` notes it; all other values are its distractors."""
     others = [other for other in VALUES if other != value]
-    return {"kind": "pair", "owner": "other", "value": value, "held_out": False, "distractors": others}
+    return {"kind": KIND, "owner": "other", "value": value, "held_out": False, "distractors": others}
 
 
 def recording(number: int, happening: list[Event], frames: int, tokenizer) -> tokens.Recording:

@@ -26,6 +26,8 @@ from ttt_jax.data.splits import split_of
 from ttt_jax.data.topics import MAIN, OTHER
 
 KEYS = ("red", "blue", "green", "black", "white", "yellow", "brown", "orange", "purple", "silver", "pink", "golden")
+ANSWER = "{value}."
+"""What the main speaker says, told a fact and asked for it."""
 PAUSES_S = (0.1, 0.2)
 EXCHANGE_S = 1.25
 """How long an exchange of either kind is with its pauses, on average: measured."""
@@ -80,10 +82,10 @@ class Outline:
                 value = pairs.VALUES[event.value]
                 facts.append(pairs.fact(value))
                 say(OTHER, (key, f"{value}."), 1, event.fact, "mention")
-                say(MAIN, (f"{value}.",), 0, event.fact, "mention")
+                say(MAIN, (ANSWER.format(value=value),), 0, event.fact, "mention")
             else:
                 say(OTHER, (f"{key}?",), 0, event.fact, "question")
-                say(MAIN, (f"{facts[event.fact]['value']}.",), 0, event.fact, "answer")
+                say(MAIN, (ANSWER.format(value=facts[event.fact]["value"]),), 0, event.fact, "answer")
         metadata = {
             "split": self.split,
             "voices": {speaker: dataclasses.asdict(voice) for speaker, voice in voices.items()},

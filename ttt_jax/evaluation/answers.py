@@ -14,6 +14,7 @@ import numpy as np
 import sentencepiece
 import soxr
 
+from ttt_jax.data import pairs, quiz
 from ttt_jax.data.codecs import codec_of
 from ttt_jax.data.speech import Voice, espeak
 from ttt_jax.data.text import RESERVED_IDS, Word, text_stream
@@ -170,12 +171,11 @@ def audio_candidates(
     All are scored over the same frames, from the value's first to the last in which any of them still speaks: what ends
     sooner is followed by silence. The right one is synthesized anew like the others.
 
-    Returns None for facts and voices that are not of `ttt_jax.data.conversations`.
+    Returns None for facts and voices that are not of `ttt_jax.data.conversations` or `ttt_jax.data.quiz`.
     """
-    lines, voice = FACTS.get(fact["kind"]), recording.metadata.get("voices", {}).get(MAIN)
-    if lines is None or voice is None:
+    line, voice = _answer_line(fact), recording.metadata.get("voices", {}).get(MAIN)
+    if line is None or voice is None:
         return None
-    line = lines["own" if fact["owner"] == MAIN else "their"][2]
     codec = codec_of(info)
     clips = [
         _speak(line, value, Voice(**voice), answer["start_s"], info) for value in (fact["value"], *fact["distractors"])
@@ -185,6 +185,14 @@ def audio_candidates(
     own = np.full((len(clips), 1 + info.num_codebooks, encoded[0].shape[1] - _LEAD_FRAMES), MISSING, np.int32)
     own[:, 1:] = np.stack(encoded)[:, :, _LEAD_FRAMES:]
     return Candidates(_with_other(own, recording.codes, answer["start_frame"], info), own >= 0)
+
+
+def _answer_line(fact: dict[str, Any]) -> str | None:
+    """What the main speaker says, with {value} for the fact's value."""
+    if fact["kind"] == pairs.KIND:
+        return quiz.ANSWER
+    lines = FACTS.get(fact["kind"])
+    return None if lines is None else lines["own" if fact["owner"] == MAIN else "their"][2]
 
 
 def _speak(line: str, value: str, voice: Voice, start_s: float, info: TokenInfo) -> np.ndarray:
