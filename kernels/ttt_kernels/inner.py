@@ -119,6 +119,11 @@ def _tanh(x: jax.Array) -> jax.Array:
     return jnp.tanh(x * (_ROOT + _CUBIC * (x * x)))
 
 
+def _half_slope(x: jax.Array) -> jax.Array:
+    """Half of the derivative of what `_tanh` takes the tanh of."""
+    return 0.5 * _ROOT + 1.5 * _CUBIC * (x * x)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """GELU in its tanh form."""
     return x * (0.5 + 0.5 * _tanh(x))
@@ -126,13 +131,13 @@ def gelu(x: jax.Array) -> jax.Array:
 
 def gelu_gradient(x: jax.Array) -> jax.Array:
     """Its derivative."""
-    t, half_slope = _tanh(x), 0.5 * _ROOT + 1.5 * _CUBIC * (x * x)
+    t, half_slope = _tanh(x), _half_slope(x)
     return (0.5 + 0.5 * t) + x * half_slope * (1.0 - t * t)
 
 
 def gelu_second_derivative(x: jax.Array) -> jax.Array:
     """The derivative of `gelu_gradient`."""
-    t, half_slope = _tanh(x), 0.5 * _ROOT + 1.5 * _CUBIC * (x * x)
+    t, half_slope = _tanh(x), _half_slope(x)
     return (1.0 - t * t) * ((_ROOT + 6.0 * _CUBIC * (x * x)) - 4.0 * (t * half_slope * (x * half_slope)))
 
 
