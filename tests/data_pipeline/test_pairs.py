@@ -109,3 +109,17 @@ def test_sizes_that_cannot_be_are_refused_and_nothing_is_written(changed, messag
 def test_a_dataset_that_is_there_is_kept(directory):
     with pytest.raises(FileExistsError, match="exists; choose another directory"):
         pairs.make(directory, **SIZES)
+
+
+def test_a_guess_among_the_values_that_wait_is_right_in_28_percent():
+    """What a memory of values without keys is worth: more than chance, and far less than knowing."""
+    right = []
+    for number in range(100):
+        waiting = {}
+        for event in pairs.events(np.random.default_rng((0, number)), frames=128, keys=8, min_gap=4, max_gap=64):
+            if event.value is not None:
+                waiting[event.fact] = event.value
+            else:
+                values = list(waiting.values())
+                right.append(values.count(waiting.pop(event.fact)) / len(values))
+    assert np.mean(right) == pytest.approx(0.28, abs=0.01)

@@ -29,8 +29,6 @@ from ttt_jax.files import new_directory, write_atomically
 
 VALUES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 """Each is one token of the text stream."""
-KIND = "pair"
-"""Of a fact."""
 QUESTION = len(VALUES)
 """In the codebook of values."""
 FRAMES_PER_EVENT = 2
@@ -96,7 +94,7 @@ def events(
 def fact(value: str) -> dict[str, Any]:
     """A fact as `ttt_jax.data.conversations` notes it; all other values are its distractors."""
     others = [other for other in VALUES if other != value]
-    return {"kind": KIND, "owner": "other", "value": value, "held_out": False, "distractors": others}
+    return {"kind": "pair", "owner": "other", "value": value, "held_out": False, "distractors": others}
 
 
 def recording(number: int, happening: list[Event], frames: int, tokenizer) -> tokens.Recording:
@@ -153,10 +151,8 @@ def make(
         raise ValueError(f"recordings: expected an integer >= 3, one for each split, got {recordings}")
     sizes = {"frames": frames, "keys": keys, "min_gap": min_gap, "max_gap": max_gap}
     events(np.random.default_rng(0), **sizes)  # errors, before anything is written
-    order = np.random.default_rng(0)
-    lines = [" ".join(order.choice(VALUES, 16)) for _ in range(200)]
     with new_directory(output) as staging, quiet():
-        (staging / tokens.TOKENIZER_FILE).write_bytes(text.train_tokenizer(lines, vocab_size=64))
+        (staging / tokens.TOKENIZER_FILE).write_bytes(text.tokenizer_of_words(VALUES))
         tokenizer = text.load_tokenizer(staging / tokens.TOKENIZER_FILE)
         info = info_of(Codec2(), tokenizer.get_piece_size())
 

@@ -2,8 +2,8 @@
 
     python -m ttt_jax.data.quiz --output=DIR
 
-The other speaker says a key and its value ("red four"), the main speaker repeats the value; later the other says the
-key alone ("red?") and the main speaker answers with the value. There is nothing else, so this lies between pairs, which
+The other speaker says a key and its value ("red four"), the main speaker repeats it; later the other says the key alone
+("red?") and the main speaker answers with both ("red four"). There is nothing else, so this lies between pairs, which
 need no hearing, and conversations (`ttt_jax.data.conversations`), where little of what is said is ever asked for. Keys
 and values are drawn anew each time, and each fact is asked for once; gaps are about as frequent in each octave.
 
@@ -14,22 +14,21 @@ rerun of the same command resumes. Exit codes: 0 done, 1 an error.
 import dataclasses
 import functools
 import pathlib
+import tempfile
 
 import numpy as np
 from absl import flags
 
 from ttt_jax import programs
-from ttt_jax.data import dialogue, pairs, pipeline
+from ttt_jax.data import dialogue, pairs, pipeline, text
 from ttt_jax.data.codecs import Codec2
 from ttt_jax.data.conversations import Conversation
 from ttt_jax.data.splits import split_of
 from ttt_jax.data.topics import MAIN, OTHER
 
 KEYS = ("red", "blue", "green", "black", "white", "yellow", "brown", "orange", "purple", "silver", "pink", "golden")
-ANSWER = "{value}."
-"""What the main speaker says, told a fact and asked for it."""
 PAUSES_S = (0.1, 0.2)
-EXCHANGE_S = 1.25
+EXCHANGE_S = 1.5
 """How long an exchange of either kind is with its pauses, on average: measured."""
 
 
@@ -80,12 +79,12 @@ class Outline:
             key = KEYS[event.key]
             if event.value is not None:
                 value = pairs.VALUES[event.value]
-                facts.append(pairs.fact(value))
+                facts.append({**pairs.fact(value), "answer": f"{key} {{value}}."})
                 say(OTHER, (key, f"{value}."), 1, event.fact, "mention")
-                say(MAIN, (ANSWER.format(value=value),), 0, event.fact, "mention")
+                say(MAIN, (key, f"{value}."), 1, event.fact, "mention")
             else:
                 say(OTHER, (f"{key}?",), 0, event.fact, "question")
-                say(MAIN, (ANSWER.format(value=facts[event.fact]["value"]),), 0, event.fact, "answer")
+                say(MAIN, (key, f"{facts[event.fact]['value']}."), 1, event.fact, "answer")
         metadata = {
             "split": self.split,
             "voices": {speaker: dataclasses.asdict(voice) for speaker, voice in voices.items()},
@@ -122,7 +121,7 @@ def make(
     seed: int = 0,
     seconds: float = 36.0,
     keys: int = 8,
-    min_gap_s: float = 1.5,
+    min_gap_s: float = 1.75,
     max_gap_s: float = 24.0,
     workers: int = 1,
 ) -> None:
@@ -138,8 +137,11 @@ def make(
     outlines = [Outline(seed, index, **sizes) for index in range(recordings)]
     splits = {outline.name: outline.split for outline in outlines}
     settings = {"program": "ttt_jax.data.quiz", "recordings": recordings, "seed": seed, **sizes}
-    plan = pipeline.Plan(output, settings, Codec2(), None, vocab_size=64, workers=workers)
-    pipeline.build(plan, [Conversation(o, None) for o in outlines], lambda ids: {i: splits[i] for i in ids})
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer = pathlib.Path(directory) / "tokenizer.model"
+        tokenizer.write_bytes(text.tokenizer_of_words((*KEYS, *pairs.VALUES)))
+        plan = pipeline.Plan(output, settings, Codec2(), tokenizer, vocab_size=0, workers=workers)
+        pipeline.build(plan, [Conversation(o, None) for o in outlines], lambda ids: {i: splits[i] for i in ids})
 
 
 def define_flags() -> dict[str, flags.FlagHolder]:
@@ -150,7 +152,7 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         flags.DEFINE_integer("seed", 0, "Seed of the whole dataset.", lower_bound=0),
         flags.DEFINE_float("seconds", 36.0, "About how long a recording is.", lower_bound=0.0),
         flags.DEFINE_integer("keys", 8, "Keys; as many facts wait for their questions at most.", lower_bound=1),
-        flags.DEFINE_float("min_gap_s", 1.5, "About the least seconds from a fact to its answer.", lower_bound=0.0),
+        flags.DEFINE_float("min_gap_s", 1.75, "About the least seconds from a fact to its answer.", lower_bound=0.0),
         flags.DEFINE_float("max_gap_s", 24.0, "About the most seconds from a fact to its answer.", lower_bound=0.0),
         flags.DEFINE_integer("workers", None, "Recordings at a time; by default one a core.", lower_bound=1),
     )

@@ -82,6 +82,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
+def tokenizer_of_words(words: Sequence[str]) -> bytes:
+    """Train a tokenizer to which each of a few words is one piece: on lines of them in random order."""
+    rng = np.random.default_rng(0)
+    return train_tokenizer([" ".join(rng.choice(words, 16)) for _ in range(200)], vocab_size=64)
+
+
 def open_tokenizer(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
     """Open any sentencepiece model; ValueError if there is none."""
     if not path.is_file():

@@ -14,7 +14,6 @@ import numpy as np
 import sentencepiece
 import soxr
 
-from ttt_jax.data import pairs, quiz
 from ttt_jax.data.codecs import codec_of
 from ttt_jax.data.speech import Voice, espeak
 from ttt_jax.data.text import RESERVED_IDS, Word, text_stream
@@ -189,8 +188,8 @@ def audio_candidates(
 
 def _answer_line(fact: dict[str, Any]) -> str | None:
     """What the main speaker says, with {value} for the fact's value."""
-    if fact["kind"] == pairs.KIND:
-        return quiz.ANSWER
+    if "answer" in fact:
+        return fact["answer"]
     lines = FACTS.get(fact["kind"])
     return None if lines is None else lines["own" if fact["owner"] == MAIN else "their"][2]
 

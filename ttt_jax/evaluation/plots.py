@@ -90,11 +90,11 @@ def recall_figure(result: recall.Recall) -> Figure:
                 shift = 1.04 ** (n - len(curves) / 2)  # side by side, so that equal ones are seen
                 _error_bars(axes[row], middles * shift, [getattr(b, measure) for b in curve.by_gap], curve, result)
         numbers = ["" if not b.accuracy.num_tokens else str(b.accuracy.num_tokens) for b in curves[0].by_gap]
+        axes[1].set_xlabel(f"{axes[1].get_xlabel()}\ngray: number of answers")
         for x, number in zip(middles, numbers, strict=True):
             place = axes[1].get_xaxis_transform()
             axes[1].text(x, 0.02, number, transform=place, ha="center", fontsize="x-small", color="gray")
     figure.axes[0].set_ylim(bottom=-0.03)
-    figure.text(0.995, 0.005, "gray: number of answers", ha="right", fontsize="x-small", color="gray")
     figure.axes[0].legend(fontsize="small")
     return figure
 
