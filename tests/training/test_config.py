@@ -11,7 +11,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
-from configs import audio_infill, conversations, moshi_7b_ttt, pairs
+from configs import audio_infill, conversations, moshi_7b_ttt, pairs, quiz
 from ttt_jax.config import from_mapping
 from ttt_jax.data.tokens import TokenInfo
 from ttt_jax.models.moshi import Moshi, MoshiConfig
@@ -209,6 +209,7 @@ def test_every_shipped_config_is_valid(path):
     [
         *((conversations, size, size + conversations.WITHOUT) for size in conversations.SIZES),
         (pairs, "", pairs.WITHOUT),
+        (quiz, "", quiz.WITHOUT),
     ],
 )
 def test_without_ttt_means_at_equal_parameters(module, with_ttt, without):

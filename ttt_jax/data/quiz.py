@@ -148,7 +148,7 @@ def define_flags() -> dict[str, flags.FlagHolder]:
     """The program's flags, defined only where it runs as one."""
     holders = (
         flags.DEFINE_string("output", None, "Directory of the dataset.", required=True),
-        flags.DEFINE_integer("recordings", 2000, "Recordings, in all splits together.", lower_bound=3),
+        flags.DEFINE_integer("recordings", 2400, "Recordings, in all splits together.", lower_bound=3),
         flags.DEFINE_integer("seed", 0, "Seed of the whole dataset.", lower_bound=0),
         flags.DEFINE_float("seconds", 36.0, "About how long a recording is.", lower_bound=0.0),
         flags.DEFINE_integer("keys", 8, "Keys; as many facts wait for their questions at most.", lower_bound=1),
