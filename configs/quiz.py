@@ -6,7 +6,7 @@ r"""Does TTT remember what has to be heard? A small Moshi on a quiz (`ttt_jax.da
     python eval.py --workdir=runs/quiz-ttt-0 --benchmark=recall,nll_by_position --max_recordings=40
 
 As `configs/pairs.py`, with three layers, TTT in two of them, and attention over 32 frames (2.6 s) in each. Facts are
-asked for 2 to 25 s after they were told. Training takes 15 minutes on 2 cores, two runs at a time.
+asked for 2 to 25 s after they were told. Training takes 20 minutes on 2 cores, two runs at a time.
 """
 
 from typing import Any
