@@ -114,7 +114,7 @@ def make(
     tests = [outline.index for outline in outlines if outline.split == "test"][:keep_wav]
     wav = output.absolute() / "wav"
     sources = [Conversation(o, wav / f"{o.name}.wav" if o.index in tests else None) for o in outlines]
-    splits = {source.id: source.plan.split for source in sources}
+    splits = {outline.name: outline.split for outline in outlines}
     opened = get_codec(codec, mimi, num_codebooks)
     settings = {
         "program": "ttt_jax.data.conversations",

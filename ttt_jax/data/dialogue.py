@@ -33,10 +33,20 @@ _SHORTEST_GAP_S = 5.0  # between a statement and its further questions
 class Plan(Protocol):
     """A recording that can be spoken: `Outline`, or that of another module."""
 
-    name: str
-    version: str
-    split: str
-    minutes: float
+    @property
+    def name(self) -> str:
+        """The recording's id."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Changes whenever what is said under this name may have."""
+        ...
+
+    @property
+    def minutes(self) -> float:
+        """About how long it is."""
+        ...
 
     def script(self) -> "Script":
         """What is said in it."""
