@@ -218,9 +218,10 @@ def recall_figure(result: Comparison) -> Figure:
     edges = np.asarray(result.gap_edges_windows)
     answered = {c.what.split()[0] for c in result.recall if any(math.isfinite(b.mean) for b in c.buckets)}
     figure, panels = recall_panels(answered, edges, result.reach_windows, result.chance)
+    curves = _by_respect(result.recall)
     for modality, axes in panels.items():
         for panel, measure in zip(axes, MEASURES, strict=True):
-            _draw(panel, bucket_middles(edges), _by_respect(result.recall)[f"{modality} {measure}"])
+            _draw(panel, bucket_middles(edges), curves[f"{modality} {measure}"])
     _add_legend(figure)
     return figure
 

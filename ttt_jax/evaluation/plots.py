@@ -85,10 +85,10 @@ def recall_figure(result: recall.Recall) -> Figure:
     figure, panels = recall_panels(answered, edges, result.reach_windows, result.chance)
     for modality, axes in panels.items():
         curves = [c for c in result.curves if (c.modality, c.group) == (modality, "all")]
-        for row, measure in enumerate(("accuracy", "margin")):
+        for panel, measure in zip(axes, ("accuracy", "margin"), strict=True):
             for n, curve in enumerate(curves):
                 shift = 1.04 ** (n - len(curves) / 2)  # side by side, so that equal ones are seen
-                _error_bars(axes[row], middles * shift, [getattr(b, measure) for b in curve.by_gap], curve, result)
+                _error_bars(panel, middles * shift, [getattr(b, measure) for b in curve.by_gap], curve, result)
         numbers = ["" if not b.accuracy.num_tokens else str(b.accuracy.num_tokens) for b in curves[0].by_gap]
         axes[1].set_xlabel(f"{axes[1].get_xlabel()}\ngray: number of answers")
         for x, number in zip(middles, numbers, strict=True):
