@@ -80,13 +80,15 @@ class Outline:
         for event in events(rng, **sizes, min_gap_s=self.min_gap_s, max_gap_s=self.max_gap_s):
             key = KEYS[event.key]
             if event.value is not None:
-                value = pairs.VALUES[event.value]
-                facts.append({**pairs.fact(value), "answer": f"{key} {{value}}."})
-                say(OTHER, (key, f"{value}."), 1, event.fact, "mention")
-                say(MAIN, (key, f"{value}."), 1, event.fact, "mention")
+                facts.append({**pairs.fact(pairs.VALUES[event.value]), "answer": f"{key} {{value}}."})
+            fact = facts[event.fact]
+            told = tuple(fact["answer"].format(value=fact["value"]).split())
+            if event.value is not None:
+                say(OTHER, told, 1, event.fact, "mention")
+                say(MAIN, told, 1, event.fact, "mention")
             else:
                 say(OTHER, (f"{key}?",), 0, event.fact, "question")
-                say(MAIN, (key, f"{facts[event.fact]['value']}."), 1, event.fact, "answer")
+                say(MAIN, told, 1, event.fact, "answer")
         metadata = {
             "split": self.split,
             "voices": {speaker: dataclasses.asdict(voice) for speaker, voice in voices.items()},
